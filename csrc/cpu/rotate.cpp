@@ -1,0 +1,109 @@
+// Key rotation, and rotation with the write into a cache: one memory-bound pass, parallel over rows.
+#include <algorithm>
+#include <new>
+#include <vector>
+
+#include "backends.h"
+#include "cache_rows.h"
+#include "micro_kernels.h"
+#include "threading.h"
+
+namespace dca::cpu {
+namespace {
+
+constexpr int64_t kRowsPerTask = 64;
+
+// What rotate_keys and rotate_and_append_kv share: new rows of k behind what is cached.
+template <class Params>
+struct NewRows {
+  const Params& p;
+
+  int64_t row_begin(int32_t b) const {
+    return p.cu_seqlens_k != nullptr ? p.cu_seqlens_k[b] : static_cast<int64_t>(b) * p.seqlen_k;
+  }
+  int64_t count(int32_t b) const {
+    return p.cu_seqlens_k != nullptr ? p.cu_seqlens_k[b + 1] - p.cu_seqlens_k[b] : p.seqlen_k;
+  }
+  int64_t slot(int32_t b, int64_t r) const {
+    return (p.cache_seqlens != nullptr ? p.cache_seqlens[b] : p.cache_seqlen) + r;
+  }
+  int64_t position(int32_t b, int64_t r) const {
+    return slot(b, r) - (p.cache_leftpad != nullptr ? p.cache_leftpad[b] : 0);
+  }
+  // Row r of sequence b of a tensor laid out like k.
+  const void* input(const ConstTensorRef& t, int32_t b, int64_t r, int32_t head) const {
+    const bool ragged = p.cu_seqlens_k != nullptr;
+    return head_rows(t.data, p.dtype, t.stride, ragged ? 0 : b, ragged ? p.cu_seqlens_k[b] + r : r, head).data;
+  }
+
+  void rotate(const MicroKernels& mk, int32_t b, int64_t r, int32_t head, float* row, void* out) const {
+    mk.load_row(input(p.k, b, r, head), p.dtype, p.head_dim, row);
+    const int64_t at = position(b, r);
+    if (at >= 0) {
+      const int64_t entry = static_cast<int64_t>(p.chunk.key_position(static_cast<int32_t>(at))) * p.rotary.half_dim;
+      mk.rotate_row(row, p.head_dim, p.rotary.cos + entry, p.rotary.sin + entry, p.rotary.half_dim,
+                    p.rotary.interleaved, 1.0f);
+    }
+    mk.store_row(row, p.dtype, p.head_dim, out);
+  }
+};
+
+// Calls visit(b, r, scratch row) for every new row, in parallel; `scratch row` is head_dim floats.
+template <class Params, class Visit>
+void for_each_new_row(const Params& p, Visit&& visit) {
+  const NewRows<Params> rows{p};
+  const Threading& threading = threading_of(p.exec);
+  std::vector<float> scratch(static_cast<size_t>(p.head_dim) * static_cast<size_t>(threading.num_threads));
+  for (int32_t b = 0; b < p.batch; ++b) {
+    const int64_t count = rows.count(b);
+    const int64_t tasks = (count + kRowsPerTask - 1) / kRowsPerTask;
+    parallel_tasks(threading, tasks, [&](int64_t task, int32_t worker) {
+      float* row = scratch.data() + static_cast<int64_t>(worker) * p.head_dim;
+      const int64_t end = std::min(count, (task + 1) * kRowsPerTask);
+      for (int64_t r = task * kRowsPerTask; r < end; ++r) visit(b, r, row);
+    });
+  }
+}
+
+}  // namespace
+
+Status rotate_keys(const RotateKeysParams& p) try {
+  const MicroKernels& mk = *micro_kernels();
+  const NewRows<RotateKeysParams> rows{p};
+  const ConstTensorRef out{p.out.data, p.out.stride};
+  for_each_new_row(p, [&](int32_t b, int64_t r, float* scratch) {
+    for (int32_t head = 0; head < p.num_heads_kv; ++head) {
+      rows.rotate(mk, b, r, head, scratch, const_cast<void*>(rows.input(out, b, r, head)));
+    }
+  });
+  return {};
+} catch (const std::bad_alloc&) {
+  return {StatusCode::OutOfMemory, "rotate_keys: not enough memory for the CPU kernel's scratch buffers"};
+}
+
+Status rotate_and_append_kv(const AppendParams& p) try {
+  const MicroKernels& mk = *micro_kernels();
+  const NewRows<AppendParams> rows{p};
+  const size_t row_bytes = static_cast<size_t>(p.head_dim) * element_size(p.dtype);
+  const auto cache_row = [&](const TensorRef& cache, int32_t b, int64_t slot, int32_t head) {
+    int64_t batch = b;
+    if (p.pages.page_table != nullptr) {
+      batch = p.pages.page_table[b * p.pages.stride_batch + slot / p.pages.page_size];
+      slot %= p.pages.page_size;
+    }
+    return const_cast<void*>(head_rows(cache.data, p.dtype, cache.stride, batch, slot, head).data);
+  };
+  for_each_new_row(p, [&](int32_t b, int64_t r, float* scratch) {
+    const int64_t slot = rows.slot(b, r);
+    for (int32_t head = 0; head < p.num_heads_kv; ++head) {
+      rows.rotate(mk, b, r, head, scratch, cache_row(p.k_cache, b, slot, head));
+      const char* value = static_cast<const char*>(rows.input(p.v, b, r, head));
+      std::copy_n(value, row_bytes, static_cast<char*>(cache_row(p.v_cache, b, slot, head)));
+    }
+  });
+  return {};
+} catch (const std::bad_alloc&) {
+  return {StatusCode::OutOfMemory, "rotate_and_append_kv: not enough memory for the CPU kernel's scratch buffers"};
+}
+
+}  // namespace dca::cpu

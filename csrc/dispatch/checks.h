@@ -1,0 +1,14 @@
+// What the operators refuse: everything visible in sizes, strides and numbers, and, on the CPU or on request, the values
+// of the length tensors and page tables.
+#pragma once
+
+#include "dca/dca.h"
+
+namespace dca {
+
+Status check(const AttentionParams& params);
+Status check(const RotateKeysParams& params);
+Status check(const AppendParams& params);
+Status check(const MergeParams& params);
+
+}  // namespace dca

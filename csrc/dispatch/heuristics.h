@@ -1,0 +1,36 @@
+// Tile shapes and split counts as pure functions of shapes, so that they can be tested and read in one place.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace dca {
+
+/// A CPU query tile: block_m positions of every query head of one KV head, against block_n keys at a time.
+struct CpuTileShape {
+  int32_t block_m;
+  int32_t block_n;
+};
+
+/// Rows of a tile (positions times heads of the group) at which packing the keys pays for itself: below, the keys are
+/// read where they lie, as decode has to.
+inline constexpr int32_t kCpuMinPackedRows = 17;
+
+/// The tile's Q and O in fp32 (2 * rows * head_dim * 4 bytes) take at most 256 KiB, half of a small L2 cache; the packed
+/// keys and the values (2 * block_n * head_dim * 4 bytes) take a quarter at head_dim 128. 24 positions are one strip of
+/// the mainloop.
+constexpr CpuTileShape cpu_tile_shape(int32_t group, int32_t head_dim) {
+  const int32_t rows = std::max(1, 32768 / std::max(1, head_dim));
+  const int32_t block_m = std::clamp(rows / std::max(1, group), 8, 120);
+  return {block_m >= 24 ? block_m / 24 * 24 : block_m, 128};
+}
+
+/// Key splits per tile: enough tasks to keep every thread busy to the end, and at least 512 keys in each. More splits
+/// than tiles need are not free: each writes its partial result in fp32.
+constexpr int32_t cpu_num_splits(int64_t num_tiles, int32_t num_threads, int32_t max_kv_len) {
+  if (num_tiles <= 0 || num_threads <= 1) return 1;
+  const int64_t wanted = (4 * static_cast<int64_t>(num_threads) + num_tiles - 1) / num_tiles;
+  return static_cast<int32_t>(std::clamp<int64_t>(wanted, 1, std::max(1, max_kv_len / 512)));
+}
+
+}  // namespace dca

@@ -1,0 +1,261 @@
+// The operators of the namespace dca_ext on LibTorch's stable ABI: tensors in, checks, allocation of the outputs, one
+// call into the torch-free core. dca_ext/functional.py is their public face and documents shapes.
+#include "tensor_args.h"
+
+#include <tuple>
+#include <vector>
+
+namespace dca::torch_ops {
+
+namespace {
+
+void run_on_torch_threads(int32_t num_threads, void (*worker)(int32_t, void*), void* context) {
+  // torch gives each of its threads one range of indices; each range may hold several workers.
+  torch::stable::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) worker(static_cast<int32_t>(i), context);
+  });
+}
+
+int64_t int_or(const OptionalTensor& t, int64_t value) { return t.has_value() ? 0 : value; }
+
+SegmentSelection segment_selection(int64_t segment) {
+  if (segment < -1 || segment >= kNumSegments) refuse("segment must be -1 (all), 0, 1 or 2; got " + std::to_string(segment));
+  return static_cast<SegmentSelection>(segment);
+}
+
+}  // namespace
+
+Execution execution_of(const Tensor& q) {
+  static thread_local Threading threading;
+  threading = {static_cast<int32_t>(torch::stable::get_num_threads()), run_on_torch_threads};
+  Execution exec;
+  exec.device = q.is_cpu() ? Device::Cpu : Device::Cuda;
+  exec.threading = &threading;
+  return exec;
+}
+
+std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor rotary_cos, Tensor rotary_sin,
+                                     int64_t chunk_len, int64_t max_position, int64_t segment,
+                                     OptionalTensor cu_seqlens_q, int64_t max_seqlen_q, OptionalTensor cu_seqlens_k,
+                                     int64_t max_seqlen_k, OptionalTensor cache_seqlens, int64_t cache_seqlen,
+                                     bool lengths_before_append, OptionalTensor cache_leftpad, OptionalTensor pages,
+                                     double softmax_scale, OptionalTensor temperature,
+                                     int64_t original_max_position_embeddings, int64_t num_splits, bool interleaved,
+                                     bool return_lse) {
+  const bool ragged_q = cu_seqlens_q.has_value();
+  const bool ragged_k = cu_seqlens_k.has_value();
+  AttentionParams p;
+  p.exec = execution_of(q);
+  p.dtype = dtype_of("q", q);
+  check_like("q", q, q, ragged_q ? 3 : 4);
+  check_like("k (or k_cache)", k, q, ragged_k ? 3 : 4);
+  check_like("v (or v_cache)", v, q, ragged_k ? 3 : 4);
+  const int64_t q_heads = q.dim() - 2;
+  const int64_t k_heads = k.dim() - 2;
+  const int64_t batch = ragged_q ? cu_seqlens_q->size(0) - 1 : q.size(0);
+  if (batch < 0) refuse("cu_seqlens_q must have batch + 1 entries; got none");
+  if (k.size(k_heads + 1) != q.size(q_heads + 1)) {
+    refuse("head_dim of k (or k_cache) must be that of q (" + std::to_string(q.size(q_heads + 1)) + "); got " +
+           std::to_string(k.size(k_heads + 1)));
+  }
+  if (k.dim() == 4) {
+    check_shape("v (or v_cache)", v, {k.size(0), k.size(1), k.size(2), k.size(3)});
+  } else {
+    check_shape("v", v, {k.size(0), k.size(1), k.size(2)});
+  }
+  if (!ragged_k && !pages.has_value() && k.size(0) != batch) {
+    refuse("k (or k_cache) must have the batch size of q (" + std::to_string(batch) + "); got " + std::to_string(k.size(0)));
+  }
+
+  p.chunk = chunk_geometry(chunk_len, max_position);
+  p.segments = segment_selection(segment);
+  p.batch = to_int32("batch", batch);
+  p.num_heads = to_int32("num_heads", q.size(q_heads));
+  p.num_heads_kv = to_int32("num_heads_kv", k.size(k_heads));
+  p.head_dim = to_int32("head_dim", q.size(q_heads + 1));
+  p.seqlen_q = to_int32("max_seqlen_q", ragged_q ? max_seqlen_q : q.size(1));
+  p.total_q = ragged_q ? q.size(0) : 0;
+  p.pages = page_table(pages, k, q, batch);
+  p.seqlen_k = to_int32("seqlen_k", ragged_k             ? max_seqlen_k
+                                    : pages.has_value() ? static_cast<int64_t>(p.pages.max_pages) * p.pages.page_size
+                                                        : k.size(1));
+  p.total_k = ragged_k ? k.size(0) : 0;
+  p.q = const_ref(q);
+  p.k = const_ref(k);
+  p.v = const_ref(v);
+  p.cu_seqlens_q = int32_vector("cu_seqlens_q", cu_seqlens_q, q, batch + 1);
+  p.cu_seqlens_k = int32_vector("cu_seqlens_k", cu_seqlens_k, q, batch + 1);
+  p.cache_seqlens = int32_vector("cache_seqlens", cache_seqlens, q, batch);
+  p.cache_seqlen = to_int32("cache_seqlens", int_or(cache_seqlens, cache_seqlen));
+  p.cache_seqlens_before_append = lengths_before_append;
+  p.cache_leftpad = int32_vector("cache_leftpad", cache_leftpad, q, batch);
+  p.rotary = rotary_tables(rotary_cos, rotary_sin, q, interleaved);
+  p.softmax_scale = static_cast<float>(softmax_scale);
+  p.temperature = float_vector("temperature", temperature, q, batch);
+  p.original_max_position_embeddings =
+      to_int32("original_max_position_embeddings", original_max_position_embeddings);
+  p.num_splits = to_int32("num_splits", num_splits);
+
+  Tensor out = ragged_q ? torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)})
+                        : torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
+  Tensor lse = !return_lse ? torch::stable::new_empty(q, {0}, ScalarType::Float)
+               : ragged_q  ? torch::stable::new_empty(q, {q.size(1), q.size(0)}, ScalarType::Float)
+                           : torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
+  p.out = ref(out);
+  p.lse = return_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
+  check_status(dca::attention(p));
+  return {out, lse};
+}
+
+namespace {
+
+// What rotate_keys and rotate_and_append_kv share: new rows of k, and where they go.
+template <class Params>
+void fill_new_rows(Params& p, const Tensor& k, const Tensor& rotary_cos, const Tensor& rotary_sin, int64_t chunk_len,
+                   int64_t max_position, const OptionalTensor& cu_seqlens, int64_t max_seqlen,
+                   const OptionalTensor& cache_seqlens, int64_t cache_seqlen, const OptionalTensor& cache_leftpad,
+                   bool interleaved) {
+  const bool ragged = cu_seqlens.has_value();
+  p.exec = execution_of(k);
+  p.dtype = dtype_of("k", k);
+  check_like("k", k, k, ragged ? 3 : 4);
+  const int64_t batch = ragged ? cu_seqlens->size(0) - 1 : k.size(0);
+  if (batch < 0) refuse("cu_seqlens must have batch + 1 entries; got none");
+  p.chunk = chunk_geometry(chunk_len, max_position);
+  p.batch = to_int32("batch", batch);
+  p.num_heads_kv = to_int32("num_heads_kv", k.size(k.dim() - 2));
+  p.head_dim = to_int32("head_dim", k.size(k.dim() - 1));
+  p.seqlen_k = to_int32("max_seqlen", ragged ? max_seqlen : k.size(1));
+  p.total_k = ragged ? k.size(0) : 0;
+  p.k = const_ref(k);
+  p.cu_seqlens_k = int32_vector("cu_seqlens", cu_seqlens, k, batch + 1);
+  p.cache_seqlens = int32_vector("cache_seqlens", cache_seqlens, k, batch);
+  p.cache_seqlen = to_int32("cache_seqlens", int_or(cache_seqlens, cache_seqlen));
+  p.cache_leftpad = int32_vector("cache_leftpad", cache_leftpad, k, batch);
+  p.rotary = rotary_tables(rotary_cos, rotary_sin, k, interleaved);
+}
+
+}  // namespace
+
+Tensor rotate_keys(Tensor k, Tensor rotary_cos, Tensor rotary_sin, int64_t chunk_len, int64_t max_position,
+                   OptionalTensor cu_seqlens, int64_t max_seqlen, OptionalTensor cache_seqlens, int64_t cache_seqlen,
+                   OptionalTensor cache_leftpad, bool interleaved) {
+  RotateKeysParams p;
+  fill_new_rows(p, k, rotary_cos, rotary_sin, chunk_len, max_position, cu_seqlens, max_seqlen, cache_seqlens,
+                cache_seqlen, cache_leftpad, interleaved);
+  Tensor out = k.dim() == 3 ? torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2)})
+                            : torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2), k.size(3)});
+  p.out = ref(out);
+  check_status(dca::rotate_keys(p));
+  return out;
+}
+
+void rotate_and_append_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor rotary_cos, Tensor rotary_sin,
+                          int64_t chunk_len, int64_t max_position, OptionalTensor cu_seqlens, int64_t max_seqlen,
+                          OptionalTensor cache_seqlens, int64_t cache_seqlen, OptionalTensor cache_leftpad,
+                          OptionalTensor pages, bool interleaved) {
+  AppendParams p;
+  fill_new_rows(p, k, rotary_cos, rotary_sin, chunk_len, max_position, cu_seqlens, max_seqlen, cache_seqlens,
+                cache_seqlen, cache_leftpad, interleaved);
+  check_like("v", v, k, k.dim());
+  check_like("k_cache", k_cache, k, 4);
+  check_like("v_cache", v_cache, k, 4);
+  if (k.dim() == 4) {
+    check_shape("v", v, {k.size(0), k.size(1), k.size(2), k.size(3)});
+  } else {
+    check_shape("v", v, {k.size(0), k.size(1), k.size(2)});
+  }
+  const int64_t cache_batch = pages.has_value() ? k_cache.size(0) : p.batch;
+  check_shape("k_cache", k_cache, {cache_batch, k_cache.size(1), p.num_heads_kv, p.head_dim});
+  check_shape("v_cache", v_cache, {cache_batch, k_cache.size(1), p.num_heads_kv, p.head_dim});
+  p.v = const_ref(v);
+  p.k_cache = ref(k_cache);
+  p.v_cache = ref(v_cache);
+  p.pages = page_table(pages, k_cache, k, p.batch);
+  p.cache_slots = to_int32("the slots of a sequence", pages.has_value()
+                                                          ? static_cast<int64_t>(p.pages.max_pages) * p.pages.page_size
+                                                          : k_cache.size(1));
+  check_status(dca::rotate_and_append_kv(p));
+}
+
+std::tuple<Tensor, Tensor> merge_attention_states(std::vector<Tensor> outs, std::vector<Tensor> lses) {
+  if (outs.empty() || outs.size() != lses.size()) {
+    refuse("outs and lses must have the same number of parts, at least one; got " + std::to_string(outs.size()) + " and " +
+           std::to_string(lses.size()));
+  }
+  const Tensor& first = outs[0];
+  const bool ragged = first.dim() == 3;
+  if (!ragged && first.dim() != 4) {
+    refuse("outs must have shape (batch, seqlen, num_heads, head_dim) or (total, num_heads, head_dim); got " +
+           shape_of(first));
+  }
+  MergeParams p;
+  p.exec = execution_of(first);
+  p.dtype = dtype_of("outs", first);
+  p.num_parts = to_int32("the number of parts", static_cast<int64_t>(outs.size()));
+  p.batch = ragged ? 1 : first.size(0);
+  p.seqlen = first.size(ragged ? 0 : 1);
+  p.num_heads = to_int32("num_heads", first.size(first.dim() - 2));
+  p.head_dim = to_int32("head_dim", first.size(first.dim() - 1));
+
+  std::vector<const void*> out_pointers;
+  std::vector<const float*> lse_pointers;
+  for (size_t i = 0; i < outs.size(); ++i) {
+    check_like("outs", outs[i], first, first.dim());
+    check_same_device("lses", lses[i], first);
+    if (lses[i].scalar_type() != ScalarType::Float) refuse("lses must be float32; got another dtype");
+    if (ragged) {
+      check_shape("outs", outs[i], {first.size(0), first.size(1), first.size(2)});
+      check_shape("lses", lses[i], {first.size(1), first.size(0)});
+    } else {
+      check_shape("outs", outs[i], {first.size(0), first.size(1), first.size(2), first.size(3)});
+      check_shape("lses", lses[i], {first.size(0), first.size(2), first.size(1)});
+    }
+    outs[i] = torch::stable::contiguous(outs[i]);
+    lses[i] = torch::stable::contiguous(lses[i]);
+    out_pointers.push_back(outs[i].const_data_ptr());
+    lse_pointers.push_back(static_cast<const float*>(lses[i].const_data_ptr()));
+  }
+  p.outs = out_pointers.data();
+  p.lses = lse_pointers.data();
+
+  Tensor out = ragged ? torch::stable::new_empty(first, {first.size(0), first.size(1), first.size(2)})
+                      : torch::stable::new_empty(first, {first.size(0), first.size(1), first.size(2), first.size(3)});
+  Tensor lse = ragged ? torch::stable::new_empty(lses[0], {first.size(1), first.size(0)})
+                      : torch::stable::new_empty(lses[0], {first.size(0), first.size(2), first.size(1)});
+  p.out = out.mutable_data_ptr();
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  check_status(dca::merge_attention_states(p));
+  return {out, lse};
+}
+
+}  // namespace dca::torch_ops
+
+STABLE_TORCH_LIBRARY(dca_ext, m) {
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor rotary_cos, Tensor rotary_sin, SymInt chunk_len, "
+      "SymInt max_position, int segment, Tensor? cu_seqlens_q, SymInt max_seqlen_q, Tensor? cu_seqlens_k, "
+      "SymInt max_seqlen_k, Tensor? cache_seqlens, SymInt cache_seqlen, bool lengths_before_append, "
+      "Tensor? cache_leftpad, Tensor? page_table, float softmax_scale, Tensor? temperature, "
+      "SymInt original_max_position_embeddings, int num_splits, bool interleaved, bool return_lse) -> (Tensor, Tensor)");
+  m.def(
+      "rotate_keys(Tensor k, Tensor rotary_cos, Tensor rotary_sin, SymInt chunk_len, SymInt max_position, "
+      "Tensor? cu_seqlens, SymInt max_seqlen, Tensor? cache_seqlens, SymInt cache_seqlen, Tensor? cache_leftpad, "
+      "bool interleaved) -> Tensor");
+  m.def(
+      "rotate_and_append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rotary_cos, "
+      "Tensor rotary_sin, SymInt chunk_len, SymInt max_position, Tensor? cu_seqlens, SymInt max_seqlen, "
+      "Tensor? cache_seqlens, SymInt cache_seqlen, Tensor? cache_leftpad, Tensor? page_table, bool interleaved) -> ()");
+  m.def("merge_attention_states(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)");
+}
+
+// The same functions for both devices: the core chooses the backend, and says so where it was built without one.
+#define DCA_IMPLEMENT(key)                                                              \
+  STABLE_TORCH_LIBRARY_IMPL(dca_ext, key, m) {                                          \
+    m.impl("attention", TORCH_BOX(&dca::torch_ops::attention));                         \
+    m.impl("rotate_keys", TORCH_BOX(&dca::torch_ops::rotate_keys));                     \
+    m.impl("rotate_and_append_kv", TORCH_BOX(&dca::torch_ops::rotate_and_append_kv));   \
+    m.impl("merge_attention_states", TORCH_BOX(&dca::torch_ops::merge_attention_states)); \
+  }
+DCA_IMPLEMENT(CPU)
+DCA_IMPLEMENT(CUDA)

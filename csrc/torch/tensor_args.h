@@ -1,0 +1,151 @@
+// Tensor -> checks -> plain references. Everything that only a tensor knows (dtype, device, shape, strides) is checked
+// here, by name; everything that the plain parameters can tell is left to the core.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <climits>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "dca/dca.h"
+
+namespace dca::torch_ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+/// Arrives in Python as ValueError.
+[[noreturn]] inline void refuse(const std::string& message) { throw std::invalid_argument(message); }
+
+inline void check_status(const Status& status) {
+  if (status.ok()) return;
+  if (status.code() == StatusCode::InvalidArgument) throw std::invalid_argument(status.message());
+  throw std::runtime_error(status.message());
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::string text = "(";
+  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
+  return text + ")";
+}
+
+inline DType dtype_of(const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::Float32;
+    case ScalarType::BFloat16: return DType::BFloat16;
+    case ScalarType::Half: return DType::Float16;
+    default: refuse(std::string(name) + " must be float32, bfloat16 or float16; got another dtype");
+  }
+}
+
+/// Sizes and strides reach the kernels as int32 counts.
+inline int32_t to_int32(const char* name, int64_t value) {
+  if (value < INT32_MIN || value > INT32_MAX) refuse(std::string(name) + " must fit in 32 bits; got " + std::to_string(value));
+  return static_cast<int32_t>(value);
+}
+
+inline void check_same_device(const char* name, const Tensor& t, const Tensor& q) {
+  if (t.is_cpu() != q.is_cpu() || t.get_device_index() != q.get_device_index()) {
+    refuse(std::string(name) + " must be on the device of the queries or keys; got another device");
+  }
+}
+
+inline void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
+  bool same = t.dim() == static_cast<int64_t>(shape.size());
+  std::string wanted = "(";
+  int64_t d = 0;
+  for (const int64_t size : shape) {
+    same = same && t.size(d) == size;
+    wanted += (d++ ? ", " : "") + std::to_string(size);
+  }
+  if (!same) refuse(std::string(name) + " must have shape " + wanted + "); got " + shape_of(t));
+}
+
+/// Like `q` in dtype and device, `dims` dimensions, the last of them contiguous.
+inline void check_like(const char* name, const Tensor& t, const Tensor& q, int64_t dims) {
+  check_same_device(name, t, q);
+  if (t.scalar_type() != q.scalar_type()) refuse(std::string(name) + " must have the dtype of the queries or keys; got another");
+  if (t.dim() != dims) {
+    refuse(std::string(name) + " must have " + std::to_string(dims) + " dimensions; got shape " + shape_of(t));
+  }
+  if (t.size(dims - 1) > 1 && t.stride(dims - 1) != 1) {
+    refuse(std::string(name) + " must be contiguous in its last dimension; got stride " + std::to_string(t.stride(dims - 1)));
+  }
+}
+
+/// (batch, seqlen, heads, head_dim), or (total, heads, head_dim) without a batch stride.
+inline Strides strides_of(const Tensor& t) {
+  if (t.dim() == 3) return {0, t.stride(0), t.stride(1)};
+  return {t.stride(0), t.stride(1), t.stride(2)};
+}
+
+inline ConstTensorRef const_ref(const Tensor& t) { return {t.const_data_ptr(), strides_of(t)}; }
+inline TensorRef ref(const Tensor& t) { return {t.mutable_data_ptr(), strides_of(t)}; }
+
+/// int32 (size) on q's device, contiguous; nullptr if absent.
+inline const int32_t* int32_vector(const char* name, const OptionalTensor& t, const Tensor& q, int64_t size) {
+  if (!t.has_value()) return nullptr;
+  check_same_device(name, *t, q);
+  if (t->scalar_type() != ScalarType::Int) refuse(std::string(name) + " must be int32; got another dtype");
+  check_shape(name, *t, {size});
+  if (!t->is_contiguous()) refuse(std::string(name) + " must be contiguous");
+  return static_cast<const int32_t*>(t->const_data_ptr());
+}
+
+inline const float* float_vector(const char* name, const OptionalTensor& t, const Tensor& q, int64_t size) {
+  if (!t.has_value()) return nullptr;
+  check_same_device(name, *t, q);
+  if (t->scalar_type() != ScalarType::Float) refuse(std::string(name) + " must be float32; got another dtype");
+  check_shape(name, *t, {size});
+  if (!t->is_contiguous()) refuse(std::string(name) + " must be contiguous");
+  return static_cast<const float*>(t->const_data_ptr());
+}
+
+inline RotaryTables rotary_tables(const Tensor& cos, const Tensor& sin, const Tensor& q, bool interleaved) {
+  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"rotary_cos", cos}, {"rotary_sin", sin}}) {
+    check_same_device(name, t, q);
+    if (t.scalar_type() != ScalarType::Float) refuse(std::string(name) + " must be float32; got another dtype");
+    if (t.dim() != 2) {
+      refuse(std::string(name) + " must have shape (at least max_position + 1, rotary_dim / 2); got " + shape_of(t));
+    }
+    if (!t.is_contiguous()) refuse(std::string(name) + " must be contiguous");
+  }
+  check_shape("rotary_sin", sin, {cos.size(0), cos.size(1)});
+  return {static_cast<const float*>(cos.const_data_ptr()), static_cast<const float*>(sin.const_data_ptr()), cos.size(0),
+          to_int32("the width of rotary_cos", cos.size(1)), interleaved};
+}
+
+/// The page table of a cache (num_pages, page_size, heads, head_dim); not paged if absent.
+inline PageTable page_table(const OptionalTensor& t, const Tensor& cache, const Tensor& q, int64_t batch) {
+  if (!t.has_value()) return {};
+  check_same_device("page_table", *t, q);
+  if (t->scalar_type() != ScalarType::Int) refuse("page_table must be int32; got another dtype");
+  if (t->dim() != 2 || t->size(0) != batch) {
+    refuse("page_table must have shape (" + std::to_string(batch) + ", max_pages); got " + shape_of(*t));
+  }
+  if (t->size(1) > 1 && t->stride(1) != 1) refuse("page_table must be contiguous in its last dimension");
+  PageTable pages;
+  pages.page_table = static_cast<const int32_t*>(t->const_data_ptr());
+  pages.stride_batch = t->stride(0);
+  pages.max_pages = to_int32("max_pages", t->size(1));
+  pages.page_size = to_int32("page_size", cache.size(1));
+  pages.num_pages = cache.size(0);
+  return pages;
+}
+
+inline ChunkGeometry chunk_geometry(int64_t chunk_len, int64_t max_position) {
+  return {to_int32("chunk_len", chunk_len), to_int32("max_position", max_position)};
+}
+
+/// The device of `q`, and torch's own thread pool.
+Execution execution_of(const Tensor& q);
+
+}  // namespace dca::torch_ops

@@ -1,0 +1,554 @@
+"""The operators: Dual Chunk Attention over whole sequences and over KV caches, its segments, and their merge.
+
+Shapes, as in the flash-attention family; head_dim is contiguous, all other strides are free:
+
+    q                    (batch, seqlen_q, num_heads, head_dim), or ragged (total_q, num_heads, head_dim)
+    k, v                 (batch, seqlen_k, num_heads_kv, head_dim), or ragged (total_k, num_heads_kv, head_dim)
+    k_cache, v_cache     (batch, slots, num_heads_kv, head_dim), or pages (num_pages, page_size, num_heads_kv, head_dim)
+    rotary_cos, _sin     (>= max_position + 1, rotary_dim / 2), float32, contiguous; row p belongs to position p
+    out                  like q
+    lse                  (batch, num_heads, seqlen_q), or ragged (num_heads, total_q); float32, natural logarithm
+
+q, k, v and caches share one dtype (float32, bfloat16 or float16) and one device; num_heads is a multiple of num_heads_kv.
+Rows that see no key give out = 0 and lse = -inf. Work is that of causal attention: 4 * head_dim * num_heads FLOP per
+visible key.
+
+Errors common to all: ValueError for a shape, dtype, device, stride or number that cannot be, and, on the CPU or with
+the environment variable DCA_CHECK=1, for values in length tensors and page tables; TypeError for an argument of the
+wrong kind; RuntimeError for a device that this build has no kernels for. Nothing has been written when they are raised.
+Backward raises NotImplementedError.
+
+Source: An et al. 2024, "Training-Free Long-Context Scaling of Large Language Models" (arXiv 2402.17463), section 3.
+`dca_ext.reference` holds the same functions in readable torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import dca_ext.operators  # noqa: F401  (registers torch.ops.dca_ext)
+from dca_ext.config import DCAConfig
+
+SEGMENTS = ("intra", "successive", "inter")
+
+
+def dca_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotary_cos: Tensor,
+    rotary_sin: Tensor,
+    config: DCAConfig,
+    *,
+    softmax_scale: float | None = None,
+    temperature: Tensor | None = None,
+    interleaved: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal self-attention over whole sequences; q and k come unrotated.
+
+    Allocates one rotated copy of k besides out and lse.
+
+    Args:
+        q: (batch, seqlen, num_heads, head_dim).
+        k: (batch, seqlen, num_heads_kv, head_dim).
+        v: like k.
+        rotary_cos: (>= max_position + 1, rotary_dim / 2), float32.
+        rotary_sin: like rotary_cos.
+        config: the chunk geometry.
+        softmax_scale: factor on the logits; default 1 / sqrt(head_dim).
+        temperature: (batch,), float32: one more factor per sequence, in place of ``config.temperature``.
+        interleaved: rotary pairs are (2c, 2c + 1) instead of (c, c + rotary_dim / 2).
+        return_lse: also return lse (batch, num_heads, seqlen).
+
+    Returns:
+        out, or (out, lse).
+    """
+    _require_tensors(q=q, k=k, v=v)
+    if q.dim() == 4 and k.dim() == 4 and k.shape[:2] != q.shape[:2]:
+        raise ValueError(
+            f"k must have q's batch size and length {tuple(q.shape[:2])}; got {tuple(k.shape[:2])}; for queries at the "
+            "end of longer keys use dca_attention_with_kvcache"
+        )
+    k = rotate_keys(k, rotary_cos, rotary_sin, config, interleaved=interleaved)
+    return _attention(
+        q,
+        k,
+        v,
+        rotary_cos,
+        rotary_sin,
+        config,
+        cache_seqlens=k.shape[1],
+        softmax_scale=softmax_scale,
+        temperature=temperature,
+        interleaved=interleaved,
+        return_lse=return_lse,
+    )
+
+
+def dca_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    rotary_cos: Tensor,
+    rotary_sin: Tensor,
+    config: DCAConfig,
+    *,
+    softmax_scale: float | None = None,
+    temperature: Tensor | None = None,
+    interleaved: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`dca_attention` over ragged sequences, one behind the other.
+
+    Args:
+        q: (total, num_heads, head_dim).
+        k: (total, num_heads_kv, head_dim).
+        v: like k.
+        cu_seqlens_q: (batch + 1,), int32, on q's device: sequence b is rows cu_seqlens_q[b] to cu_seqlens_q[b + 1].
+        max_seqlen_q: at least the longest sequence.
+        rotary_cos: (>= max_position + 1, rotary_dim / 2), float32.
+        rotary_sin: like rotary_cos.
+        config: the chunk geometry.
+        softmax_scale: factor on the logits; default 1 / sqrt(head_dim).
+        temperature: (batch,), float32: one more factor per sequence, in place of ``config.temperature``.
+        interleaved: rotary pairs are (2c, 2c + 1) instead of (c, c + rotary_dim / 2).
+        return_lse: also return lse (num_heads, total).
+
+    Returns:
+        out, or (out, lse).
+    """
+    _require_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q)
+    if q.dim() == 3 and k.dim() == 3 and k.shape[0] != q.shape[0]:
+        raise ValueError(f"k must have as many rows as q ({q.shape[0]}); got {k.shape[0]}")
+    _require_config(config)
+    k = torch.ops.dca_ext.rotate_keys(
+        k,
+        rotary_cos,
+        rotary_sin,
+        config.chunk_len,
+        config.max_position,
+        cu_seqlens_q,
+        max_seqlen_q,
+        None,
+        0,
+        None,
+        interleaved,
+    )
+    return _attention(
+        q,
+        k,
+        v,
+        rotary_cos,
+        rotary_sin,
+        config,
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q,
+        keys_are_ragged=True,
+        softmax_scale=softmax_scale,
+        temperature=temperature,
+        interleaved=interleaved,
+        return_lse=return_lse,
+    )
+
+
+def rotate_keys(
+    k: Tensor,
+    rotary_cos: Tensor,
+    rotary_sin: Tensor,
+    config: DCAConfig,
+    *,
+    cache_seqlens: int | Tensor = 0,
+    cache_leftpad: Tensor | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    """k (batch, seqlen, num_heads_kv, head_dim) rotated at (position mod chunk_len), for caches that others own.
+
+    Args:
+        k: (batch, seqlen, num_heads_kv, head_dim).
+        rotary_cos: (>= max_position + 1, rotary_dim / 2), float32.
+        rotary_sin: like rotary_cos.
+        config: the chunk geometry.
+        cache_seqlens: slots cached before these keys, left padding included: an int, or int32 (batch,).
+        cache_leftpad: (batch,), int32: unused slots in front of each sequence. Keys in front of position 0 are copied.
+        interleaved: rotary pairs are (2c, 2c + 1) instead of (c, c + rotary_dim / 2).
+
+    Returns:
+        Contiguous, like k: rotation in float32, one rounding to k's dtype.
+    """
+    _require_tensors(k=k, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
+    _require_config(config)
+    lengths, length = _split_lengths(cache_seqlens)
+    return torch.ops.dca_ext.rotate_keys(
+        k,
+        rotary_cos,
+        rotary_sin,
+        config.chunk_len,
+        config.max_position,
+        None,
+        0,
+        lengths,
+        length,
+        cache_leftpad,
+        interleaved,
+    )
+
+
+def rotate_and_append_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rotary_cos: Tensor,
+    rotary_sin: Tensor,
+    config: DCAConfig,
+    *,
+    cache_seqlens: int | Tensor,
+    cache_leftpad: Tensor | None = None,
+    page_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    interleaved: bool = False,
+) -> None:
+    """Writes k, rotated at (position mod chunk_len), and v into the caches, in one pass.
+
+    Args:
+        k: new keys (batch, seqlen, num_heads_kv, head_dim), or ragged (total, num_heads_kv, head_dim).
+        v: like k.
+        k_cache: (batch, slots, num_heads_kv, head_dim), or pages (num_pages, page_size, num_heads_kv, head_dim); mutated.
+        v_cache: like k_cache; mutated.
+        rotary_cos: (>= max_position + 1, rotary_dim / 2), float32.
+        rotary_sin: like rotary_cos.
+        config: the chunk geometry.
+        cache_seqlens: slots in use before the call, left padding included: an int, or int32 (batch,). Row r of
+            sequence b goes to slot cache_seqlens[b] + r.
+        cache_leftpad: (batch,), int32: unused slots in front of each sequence.
+        page_table: (batch, max_pages), int32: slot s lies in page page_table[b, s // page_size] at s % page_size.
+        cu_seqlens_q: (batch + 1,), int32: borders of ragged k and v.
+        max_seqlen_q: with cu_seqlens_q: at least the longest sequence.
+        interleaved: rotary pairs are (2c, 2c + 1) instead of (c, c + rotary_dim / 2).
+
+    Raises:
+        NotImplementedError: if k or v requires grad and grad mode is on: no gradient flows into a cache.
+    """
+    _require_tensors(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    _require_config(config)
+    _require_pair("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q)
+    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+        raise NotImplementedError(
+            "dca_ext::rotate_and_append_kv has no backward; run it under torch.no_grad() or detach k and v"
+        )
+    lengths, length = _split_lengths(cache_seqlens)
+    torch.ops.dca_ext.rotate_and_append_kv(
+        k,
+        v,
+        k_cache,
+        v_cache,
+        rotary_cos,
+        rotary_sin,
+        config.chunk_len,
+        config.max_position,
+        cu_seqlens_q,
+        max_seqlen_q or 0,
+        lengths,
+        length,
+        cache_leftpad,
+        page_table,
+        interleaved,
+    )
+
+
+def dca_attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rotary_cos: Tensor,
+    rotary_sin: Tensor,
+    config: DCAConfig,
+    *,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    cache_seqlens: int | Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    page_table: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    softmax_scale: float | None = None,
+    temperature: Tensor | None = None,
+    num_splits: int = 0,
+    interleaved: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over cached, rotated keys; the last query of a sequence is its last cached token.
+
+    Any number of query rows: decode, multi-token verification, chunked prefill, several turns, and, with ragged q,
+    prefill and decode in one batch. With k and v it first calls `rotate_and_append_kv`.
+
+    Args:
+        q: unrotated (batch, seqlen_q, num_heads, head_dim), or ragged (total_q, num_heads, head_dim).
+        k_cache: (batch, slots, num_heads_kv, head_dim), or pages (num_pages, page_size, num_heads_kv, head_dim).
+        v_cache: like k_cache.
+        rotary_cos: (>= max_position + 1, rotary_dim / 2), float32.
+        rotary_sin: like rotary_cos.
+        config: the chunk geometry.
+        k: new keys, as many rows as q, unrotated: written to the caches (which are mutated) before attending.
+        v: like k.
+        cache_seqlens: slots in use, left padding included: an int, or int32 (batch,) on q's device. With k and v those
+            before the call; without, all of them, these queries' included.
+        cu_seqlens_q: (batch + 1,), int32: borders of ragged q (and k, v).
+        max_seqlen_q: with cu_seqlens_q: at least the longest sequence.
+        page_table: (batch, max_pages), int32: slot s lies in page page_table[b, s // page_size] at s % page_size.
+        cache_leftpad: (batch,), int32: slots in front of each sequence that are not its tokens; slot s is position
+            s - cache_leftpad[b].
+        softmax_scale: factor on the logits; default 1 / sqrt(head_dim).
+        temperature: (batch,), float32: one more factor per sequence, in place of ``config.temperature``.
+        num_splits: parts into which the keys of a query tile are split; 0 chooses. More parts fill more processors.
+        interleaved: rotary pairs are (2c, 2c + 1) instead of (c, c + rotary_dim / 2).
+        return_lse: also return lse.
+
+    Returns:
+        out, or (out, lse).
+    """
+    _require_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
+    _require_pair("k", k, "v", v)
+    if k is not None and v is not None:
+        if k.shape[:-2] != q.shape[:-2]:
+            raise ValueError(f"k must have as many rows as q, {tuple(q.shape[:-2])}; got {tuple(k.shape[:-2])}")
+        _require_cache_like(q, k_cache, v_cache, page_table)
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            q = _NoBackward.apply(q, k, v)
+            k, v = k.detach(), v.detach()
+        rotate_and_append_kv(
+            k,
+            v,
+            k_cache,
+            v_cache,
+            rotary_cos,
+            rotary_sin,
+            config,
+            cache_seqlens=cache_seqlens,
+            cache_leftpad=cache_leftpad,
+            page_table=page_table,
+            cu_seqlens_q=cu_seqlens_q,
+            max_seqlen_q=max_seqlen_q,
+            interleaved=interleaved,
+        )
+    return _attention(
+        q,
+        k_cache,
+        v_cache,
+        rotary_cos,
+        rotary_sin,
+        config,
+        cache_seqlens=cache_seqlens,
+        lengths_before_append=k is not None,
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q,
+        page_table=page_table,
+        cache_leftpad=cache_leftpad,
+        softmax_scale=softmax_scale,
+        temperature=temperature,
+        num_splits=num_splits,
+        interleaved=interleaved,
+        return_lse=return_lse,
+    )
+
+
+def dca_segment_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rotary_cos: Tensor,
+    rotary_sin: Tensor,
+    config: DCAConfig,
+    *,
+    segment: str,
+    cache_seqlens: int | Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    page_table: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    softmax_scale: float | None = None,
+    temperature: Tensor | None = None,
+    num_splits: int = 0,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One segment alone over cached, rotated keys -> (out, lse); nothing is appended.
+
+    `merge_attention_states` of the three segments is `dca_attention_with_kvcache`. Arguments and shapes are as there.
+
+    Args:
+        q: unrotated (batch, seqlen_q, num_heads, head_dim), or ragged (total_q, num_heads, head_dim).
+        k_cache: (batch, slots, num_heads_kv, head_dim), or pages (num_pages, page_size, num_heads_kv, head_dim).
+        v_cache: like k_cache.
+        rotary_cos: (>= max_position + 1, rotary_dim / 2), float32.
+        rotary_sin: like rotary_cos.
+        config: the chunk geometry.
+        segment: "intra" (the query's own chunk), "successive" (the one before) or "inter" (all before that).
+        cache_seqlens: slots in use, left padding and these queries included: an int, or int32 (batch,).
+        cu_seqlens_q: (batch + 1,), int32: borders of ragged q.
+        max_seqlen_q: with cu_seqlens_q: at least the longest sequence.
+        page_table: (batch, max_pages), int32.
+        cache_leftpad: (batch,), int32.
+        softmax_scale: factor on the logits; default 1 / sqrt(head_dim).
+        temperature: (batch,), float32: one more factor per sequence, in place of ``config.temperature``.
+        num_splits: parts into which the keys of a query tile are split; 0 chooses.
+        interleaved: rotary pairs are (2c, 2c + 1) instead of (c, c + rotary_dim / 2).
+
+    Returns:
+        out and lse; rows that see no key of this segment give 0 and -inf.
+    """
+    if segment not in SEGMENTS:
+        raise ValueError(f"segment must be one of {', '.join(SEGMENTS)}; got {segment!r}")
+    result = _attention(
+        q,
+        k_cache,
+        v_cache,
+        rotary_cos,
+        rotary_sin,
+        config,
+        segment=SEGMENTS.index(segment),
+        cache_seqlens=cache_seqlens,
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q,
+        page_table=page_table,
+        cache_leftpad=cache_leftpad,
+        softmax_scale=softmax_scale,
+        temperature=temperature,
+        num_splits=num_splits,
+        interleaved=interleaved,
+        return_lse=True,
+    )
+    return result[0], result[1]
+
+
+def merge_attention_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> tuple[Tensor, Tensor]:
+    """The attention over the union of N disjoint key sets from the attention over each, with float32 weights.
+
+    Args:
+        outs: N equal shapes (batch, seqlen, num_heads, head_dim) or ragged (total, num_heads, head_dim), as a list or
+            stacked in dimension 0.
+        lses: N equal shapes (batch, num_heads, seqlen) or ragged (num_heads, total), float32.
+
+    Returns:
+        out in outs' dtype, and lse. Parts at -inf carry no weight; where all are, out is 0 and lse is -inf.
+    """
+    parts = [list(part.unbind(0)) if isinstance(part, Tensor) else list(part) for part in (outs, lses)]
+    for name, part in zip(("outs", "lses"), parts, strict=True):
+        _require_tensors(**{f"{name}[{i}]": t for i, t in enumerate(part)})
+    return torch.ops.dca_ext.merge_attention_states(*parts)
+
+
+# --- What they share ---------------------------------------------------------------------------------------------------
+
+
+class _NoBackward(torch.autograd.Function):
+    """Identity on q that ties it to the keys and values that a cache took out of the graph."""
+
+    @staticmethod
+    def forward(ctx: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return q.view_as(q)
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> None:
+        raise NotImplementedError("dca_ext::rotate_and_append_kv has no backward; run it under torch.no_grad()")
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotary_cos: Tensor,
+    rotary_sin: Tensor,
+    config: DCAConfig,
+    *,
+    segment: int = -1,
+    cache_seqlens: int | Tensor = 0,
+    lengths_before_append: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    keys_are_ragged: bool = False,
+    page_table: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    softmax_scale: float | None = None,
+    temperature: Tensor | None = None,
+    num_splits: int = 0,
+    interleaved: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The one call of the attention operator: all of the above differ only in what they fill in."""
+    _require_tensors(q=q, k_cache=k, v_cache=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
+    _require_config(config)
+    _require_pair("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q)
+    lengths, length = _split_lengths(cache_seqlens)
+    max_rows = max_seqlen_q or 0
+    yarn = temperature is None and config.temperature == "yarn"
+    out, lse = torch.ops.dca_ext.attention(
+        q,
+        k,
+        v,
+        rotary_cos,
+        rotary_sin,
+        config.chunk_len,
+        config.max_position,
+        segment,
+        cu_seqlens_q,
+        max_rows,
+        cu_seqlens_q if keys_are_ragged else None,
+        max_rows if keys_are_ragged else 0,
+        lengths,
+        length,
+        lengths_before_append,
+        cache_leftpad,
+        page_table,
+        1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale,
+        temperature,
+        (config.original_max_position_embeddings or 0) if yarn else 0,
+        num_splits,
+        interleaved,
+        return_lse,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _split_lengths(cache_seqlens: int | Tensor) -> tuple[Tensor | None, int]:
+    """The operators take lengths as a tensor, or else as one number for all sequences."""
+    if isinstance(cache_seqlens, Tensor):
+        return cache_seqlens, 0
+    if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, int | torch.SymInt):
+        raise TypeError(f"cache_seqlens must be an int or an int32 tensor (batch,); got {type(cache_seqlens).__name__}")
+    return None, cache_seqlens
+
+
+def _require_cache_like(q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor | None) -> None:
+    """What attending after an append could still refuse, asked before anything is written."""
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.dtype != q.dtype:
+            raise ValueError(f"{name} must have the dtype of q ({q.dtype}); got {cache.dtype}")
+        if cache.dim() == 4 and cache.shape[3] != q.shape[-1]:
+            raise ValueError(f"head_dim of {name} must be that of q ({q.shape[-1]}); got {cache.shape[3]}")
+        if cache.dim() == 4 and (cache.shape[2] == 0 or q.shape[-2] % cache.shape[2] != 0):
+            raise ValueError(f"num_heads of q must be a multiple of num_heads_kv ({cache.shape[2]}); got {q.shape[-2]}")
+
+
+def _require_config(config: DCAConfig) -> None:
+    if not isinstance(config, DCAConfig):
+        raise TypeError(f"config must be a DCAConfig; got {type(config).__name__}")
+
+
+def _require_tensors(**tensors: object) -> None:
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+
+
+def _require_pair(first_name: str, first: object, second_name: str, second: object) -> None:
+    if (first is None) != (second is None):
+        given, missing = (first_name, second_name) if second is None else (second_name, first_name)
+        raise ValueError(f"{first_name} and {second_name} go together; got {given} without {missing}")

@@ -1,0 +1,51 @@
+"""Drives CMake and ninja; everything about flags and targets is in CMakeLists.txt, everything else in pyproject.toml."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "cmake"))
+from build_backend import find_torch  # noqa: E402
+
+
+class CMakeBuild(build_ext):
+    """One CMake run for all extension modules, installed into the package, and the C++ package beside them."""
+
+    def run(self) -> None:
+        """Configures, builds and installs."""
+        torch_dir = find_torch()
+        if torch_dir is None:
+            raise SystemExit("dca_ext needs torch 2.10 or newer to build: pip install torch, then try again.")
+        if not any(shutil.which(name) for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name):
+            raise SystemExit("dca_ext needs a C++17 compiler to build (Debian, Ubuntu: apt-get install g++).")
+        build = Path(self.build_temp).resolve() / "cmake"
+        package_parent = ROOT if self.inplace else Path(self.build_lib).resolve()
+        import pybind11
+
+        self.cmake(
+            "-S", ROOT, "-B", build, "-G", "Ninja",
+            "-DDCA_BUILD_PYTHON=ON",
+            f"-DDCA_CUDA={os.environ.get('DCA_CUDA', 'OFF')}",
+            f"-DDCA_TORCH_DIR={torch_dir}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            "-DCMAKE_INSTALL_LIBDIR=lib",
+        )  # fmt: skip
+        self.cmake("--build", build)
+        self.cmake("--install", build, "--component", "python", "--prefix", package_parent)
+        # The wheel carries the C++ package too: cmake -Ddca_DIR=$(python -c "import dca_ext; print(dca_ext.cmake_dir())")
+        self.cmake("--install", build, "--component", "cpp", "--prefix", package_parent / "dca_ext" / "cpp")
+
+    def cmake(self, *arguments: object) -> None:
+        """Runs CMake and ends with its message, not with a traceback, if it fails."""
+        if subprocess.run(["cmake", *map(str, arguments)], check=False).returncode != 0:
+            raise SystemExit("dca_ext: the C++ build failed; the messages above say why.")
+
+
+setup(ext_modules=[Extension("dca_ext._core", sources=[])], cmdclass={"build_ext": CMakeBuild})
