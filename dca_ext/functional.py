@@ -320,7 +320,8 @@ def dca_attention_with_kvcache(
     if k is not None and v is not None:
         if k.shape[:-2] != q.shape[:-2]:
             raise ValueError(f"k must have as many rows as q, {tuple(q.shape[:-2])}; got {tuple(k.shape[:-2])}")
-        _require_cache_like(q, k_cache, v_cache, page_table)
+        batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        _require_attendable(q, k_cache, v_cache, temperature, batch, num_splits)
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             q = _NoBackward.apply(q, k, v)
             k, v = k.detach(), v.detach()
@@ -440,6 +441,10 @@ def merge_attention_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tenso
         out in outs' dtype, and lse. Parts at -inf carry no weight; where all are, out is 0 and lse is -inf.
     """
     parts = [list(part.unbind(0)) if isinstance(part, Tensor) else list(part) for part in (outs, lses)]
+    if not parts[0] or len(parts[0]) != len(parts[1]):
+        raise ValueError(
+            f"outs and lses must have the same number of parts, at least one; got {len(parts[0])} and {len(parts[1])}"
+        )
     for name, part in zip(("outs", "lses"), parts, strict=True):
         _require_tensors(**{f"{name}[{i}]": t for i, t in enumerate(part)})
     return torch.ops.dca_ext.merge_attention_states(*parts)
@@ -526,15 +531,28 @@ def _split_lengths(cache_seqlens: int | Tensor) -> tuple[Tensor | None, int]:
     return None, cache_seqlens
 
 
-def _require_cache_like(q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor | None) -> None:
-    """What attending after an append could still refuse, asked before anything is written."""
+def _require_attendable(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, temperature: Tensor | None, batch: int, num_splits: int
+) -> None:
+    """What attending could refuse and appending does not look at, asked before anything is written."""
+    if q.stride(-1) != 1 and q.shape[-1] > 1:
+        raise ValueError(f"q must be contiguous in its last dimension; got stride {q.stride(-1)}")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.dtype != q.dtype:
-            raise ValueError(f"{name} must have the dtype of q ({q.dtype}); got {cache.dtype}")
+        if cache.dtype != q.dtype or cache.device != q.device:
+            raise ValueError(
+                f"{name} must have the dtype of q and be on its device ({q.dtype}, {q.device}); "
+                f"got {cache.dtype}, {cache.device}"
+            )
         if cache.dim() == 4 and cache.shape[3] != q.shape[-1]:
             raise ValueError(f"head_dim of {name} must be that of q ({q.shape[-1]}); got {cache.shape[3]}")
         if cache.dim() == 4 and (cache.shape[2] == 0 or q.shape[-2] % cache.shape[2] != 0):
             raise ValueError(f"num_heads of q must be a multiple of num_heads_kv ({cache.shape[2]}); got {q.shape[-2]}")
+    if temperature is not None and (temperature.dtype != torch.float32 or temperature.shape != (batch,)):
+        raise ValueError(
+            f"temperature must be float32 ({batch},); got {temperature.dtype} {tuple(temperature.shape)}"
+        )
+    if not 0 <= num_splits <= 256:
+        raise ValueError(f"num_splits must be between 0 (choose) and 256; got {num_splits}")
 
 
 def _require_config(config: DCAConfig) -> None:

@@ -233,13 +233,32 @@ class Tile {
     return masked ? std::clamp(task_.q_begin + row % positions_ - begin + 1, 0, n) : n;
   }
 
-  // Turns m rows of n logits in w_.s into weights: 0 for the keys that a row does not see.
+  float* logits(int32_t row) const { return w_.s + static_cast<int64_t>(row) * shape_.block_n; }
+
+  // Turns the logits of rows [first, first + m), which start at w_.s, into weights.
   void softmax_rows(int32_t first, int32_t m, int32_t begin, int32_t n, bool masked) {
     for (int32_t row = first; row < first + m; ++row) {
-      float* s = w_.s + static_cast<int64_t>(row - first) * shape_.block_n;
       const int32_t seen = visible(row, begin, n, masked);
-      if (seen > 0) mk_.softmax_row(s, seen, w_.row_max + row, w_.row_sum + row, w_.o + static_cast<int64_t>(row) * dim_, dim_);
-      std::fill(s + seen, s + n, 0.0f);
+      if (seen == 0) continue;
+      mk_.softmax_row(logits(row - first), seen, w_.row_max + row, w_.row_sum + row,
+                      w_.o + static_cast<int64_t>(row) * dim_, dim_);
+    }
+  }
+
+  // O += weights * values for rows [first, first + m). On the diagonal the keys that all rows see go together and the
+  // rest row by row, since a weight of 0 does not hide a NaN in a value that the row must not see.
+  void weigh_values(int32_t first, int32_t m, HeadRows values, int32_t begin, int32_t offset, int32_t count,
+                    bool masked) {
+    float* const o = w_.o + static_cast<int64_t>(first) * dim_;
+    int32_t common = count;
+    for (int32_t row = first; masked && row < first + m; ++row) {
+      common = std::min(common, visible(row, begin + offset, count, masked));
+    }
+    mk_.pv(w_.s + offset, shape_.block_n, m, values, common, dim_, o, dim_);
+    for (int32_t row = 0; masked && row < m; ++row) {
+      const int32_t rest = visible(first + row, begin + offset, count, masked) - common;
+      mk_.pv(logits(row) + offset + common, shape_.block_n, 1, values.from(common), rest, dim_,
+             o + static_cast<int64_t>(row) * dim_, dim_);
     }
   }
 
@@ -275,10 +294,9 @@ class Tile {
       for (int32_t row = first; row < first + m; ++row) n_strip = std::max(n_strip, visible(row, begin, n, masked));
       if (n_strip == 0) continue;
       float* const q = w_.q + static_cast<int64_t>(first) * dim_;
-      float* const o = w_.o + static_cast<int64_t>(first) * dim_;
       mk_.qk_packed(q, dim_, m, w_.panels, n_strip, p_.head_dim, w_.s, shape_.block_n);
       softmax_rows(first, m, begin, n_strip, masked);
-      mk_.pv(w_.s, shape_.block_n, m, values, n_strip, dim_, o, dim_);
+      weigh_values(first, m, values, begin, 0, n_strip, masked);
     }
   }
 
@@ -289,7 +307,7 @@ class Tile {
     });
     softmax_rows(0, rows, begin, n, masked);
     values_.for_each_run(begin, n, [&](HeadRows run, int32_t offset, int32_t count) {
-      mk_.pv(w_.s + offset, shape_.block_n, rows, run, count, dim_, w_.o, dim_);
+      weigh_values(0, rows, run, begin, offset, count, masked);
     });
   }
 

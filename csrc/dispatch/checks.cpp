@@ -41,7 +41,8 @@ Status check_chunk(ChunkGeometry chunk) {
 }
 
 Status check_rotary(const RotaryTables& rotary, ChunkGeometry chunk, int32_t head_dim) {
-  DCA_REFUSE_IF(rotary.cos == nullptr || rotary.sin == nullptr, "rotary_cos and rotary_sin must not be null");
+  DCA_REFUSE_IF(rotary.half_dim != 0 && (rotary.cos == nullptr || rotary.sin == nullptr),
+                "rotary_cos and rotary_sin must not be null");
   DCA_REFUSE_IF(rotary.num_positions <= chunk.max_position, "rotary_cos and rotary_sin must have at least max_position + 1 "
                 "= ", static_cast<int64_t>(chunk.max_position) + 1, " rows; got ", rotary.num_positions);
   DCA_REFUSE_IF(rotary.half_dim < 0 || 2 * static_cast<int64_t>(rotary.half_dim) > head_dim,

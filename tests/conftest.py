@@ -1,0 +1,10 @@
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded_and_without_grad():
+    """Every test starts from the same random state, and in inference's mode; tests of backward turn grad on."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield

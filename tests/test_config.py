@@ -1,0 +1,75 @@
+import dataclasses
+import json
+import warnings
+
+import pytest
+
+import dca_ext.config
+from dca_ext import DCAConfig
+
+
+def test_presets_of_published_settings():
+    llama2 = DCAConfig.from_pretraining_length(4096)  # ChunkLlama: chunk_size 3072, local_window 512
+    assert (llama2.chunk_len, llama2.max_position) == (2560, 3072)
+    assert DCAConfig.from_chunk_size(3072, 1024).chunk_len == 2048
+    assert DCAConfig.paper(4096) == DCAConfig(3072, 4095)
+    assert DCAConfig.from_pretraining_length(131072).chunk_len == 81920
+    assert DCAConfig.from_pretraining_length(8192).chunk_len == 5120
+
+
+def test_from_chunk_size_without_a_local_window_stays_below_two_chunks():
+    assert DCAConfig.from_chunk_size(8, 0) == DCAConfig(8, 8)
+    assert DCAConfig.from_chunk_size(8, 6) == DCAConfig(2, 3)
+    assert DCAConfig.from_chunk_size(1, 0) == DCAConfig(1, 1)
+
+
+def test_from_hf_reads_qwen_1m_and_warns_once_about_sparse_keys(monkeypatch):
+    monkeypatch.setattr(dca_ext.config, "_warned_about_sparse_keys", False)
+    mapping = {
+        "chunk_size": 262144,
+        "local_size": 8192,
+        "original_max_position_embeddings": 262144,
+        "sparse_attention_enabled": True,
+    }
+    with pytest.warns(UserWarning, match="sparse_attention_enabled"):
+        config = DCAConfig.from_hf(mapping)
+    assert config == DCAConfig(253952, 262144, "yarn", 262144)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert DCAConfig.from_hf(mapping) == config
+    assert DCAConfig.from_hf({"chunk_size": 8, "local_size": 2}).temperature == "none"
+
+
+@pytest.mark.parametrize(("chunk_len", "max_position"), [(0, 0), (-1, 1), (4, 3), (4, 8), (1, 2), (2**31, 2**31)])
+def test_geometry_outside_its_bounds_is_refused(chunk_len, max_position):
+    with pytest.raises(ValueError, match="max_position"):
+        DCAConfig(chunk_len, max_position)
+
+
+@pytest.mark.parametrize("value", [4.0, "4", True, None])
+def test_lengths_must_be_ints(value):
+    with pytest.raises(TypeError, match="chunk_len must be an int"):
+        DCAConfig(value, 5)
+
+
+def test_temperature_is_checked():
+    with pytest.raises(ValueError, match="needs original_max_position_embeddings"):
+        DCAConfig(4, 5, "yarn")
+    with pytest.raises(ValueError, match="temperature must be one of none, yarn"):
+        DCAConfig(4, 5, "hot")
+    with pytest.raises(ValueError, match="original_max_position_embeddings must be at least 1"):
+        DCAConfig(4, 5, "yarn", 0)
+
+
+def test_bad_presets_name_what_they_got():
+    with pytest.raises(ValueError, match="local_window=8, chunk_size=8"):
+        DCAConfig.from_chunk_size(8, 8)
+    with pytest.raises(ValueError, match="needs local_size"):
+        DCAConfig.from_hf({"chunk_size": 8})
+
+
+def test_is_frozen_and_round_trips_through_json():
+    config = DCAConfig(4, 6, "yarn", 4096)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.chunk_len = 5
+    assert DCAConfig(**json.loads(json.dumps(config.to_dict()))) == config

@@ -1,0 +1,211 @@
+"""Bad input: one sentence that names the argument, before any work, and nothing written."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from oracle import SMALL, empty_cache, ragged_borders, tables
+
+from dca_ext import (
+    DCAConfig,
+    dca_attention,
+    dca_attention_varlen,
+    dca_attention_with_kvcache,
+    dca_segment_attention,
+    merge_attention_states,
+    rotate_and_append_kv,
+    rotate_keys,
+)
+
+HEADS, KV_HEADS, DIM = 4, 2, 16
+COS, SIN = tables(SMALL, DIM)
+
+
+def q_of(batch=2, seqlen=3, heads=HEADS, dim=DIM, dtype=torch.float32):
+    return torch.randn(batch, seqlen, heads, dim).to(dtype)
+
+
+def kv_of(batch=2, seqlen=3, heads=KV_HEADS, dim=DIM, dtype=torch.float32):
+    return q_of(batch, seqlen, heads, dim, dtype), q_of(batch, seqlen, heads, dim, dtype)
+
+
+def lengths(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
+SELF_ATTENTION = {
+    "another length": (dict(k=kv_of(seqlen=4)[0]), ValueError, "use dca_attention_with_kvcache"),
+    "another batch": (dict(k=kv_of(batch=1)[0]), ValueError, "k must have q's batch size"),
+    "v of another shape": (dict(v=kv_of(seqlen=4)[1]), ValueError, r"v .* must have shape"),
+    "dtype": (dict(q=q_of(dtype=torch.float64)), ValueError, "q must be float32, bfloat16 or float16"),
+    "mixed dtypes": (dict(v=kv_of(dtype=torch.bfloat16)[1]), ValueError, r"v .* must have the dtype"),
+    "three dimensions": (dict(q=q_of()[0]), ValueError, "q must have 4 dimensions"),
+    "head_dim": (dict(q=q_of(dim=8)), ValueError, r"head_dim of k .* must be that of q \(8\); got 16"),
+    "heads": (dict(q=q_of(heads=3)), ValueError, r"num_heads must be a positive multiple of num_heads_kv \(2\); got 3"),
+    "strided head_dim": (dict(q=q_of(dim=2 * DIM)[..., ::2]), ValueError, "q must be contiguous in its last dimension"),
+    "not a tensor": (dict(q=[1.0]), TypeError, "q must be a tensor; got list"),
+    "not a config": (dict(config=(4, 6)), TypeError, "config must be a DCAConfig; got tuple"),
+    "short tables": (
+        dict(rotary_cos=COS[:-1].contiguous(), rotary_sin=SIN[:-1].contiguous()),
+        ValueError,
+        "at least max_position . 1 = 49 rows; got 48",
+    ),
+    "wide tables": (
+        dict(rotary_cos=torch.ones(49, 9), rotary_sin=torch.ones(49, 9)),
+        ValueError,
+        r"at most head_dim \(16\); got 18",
+    ),
+    "tables that differ": (dict(rotary_sin=SIN[:, :4].contiguous()), ValueError, "rotary_sin must have shape"),
+    "tables in bf16": (dict(rotary_cos=COS.bfloat16()), ValueError, "rotary_cos must be float32"),
+    "strided tables": (dict(rotary_cos=COS.mT.contiguous().mT), ValueError, "rotary_cos must be contiguous"),
+    "temperature of another length": (dict(temperature=torch.ones(3)), ValueError, r"temperature must have shape \(2\)"),
+    "temperature in float64": (
+        dict(temperature=torch.ones(2, dtype=torch.float64)),
+        ValueError,
+        "temperature must be float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SELF_ATTENTION)
+def test_self_attention_refuses(name):
+    changed, error, message = SELF_ATTENTION[name]
+    k, v = kv_of()
+    arguments = dict(q=q_of(), k=k, v=v, rotary_cos=COS, rotary_sin=SIN, config=SMALL) | changed
+    with pytest.raises(error, match=message):
+        dca_attention(**arguments)
+
+
+RAGGED = {
+    "int64": (dict(cu_seqlens_q=lengths(0, 3, 6, dtype=torch.int64)), "must be int32"),
+    "not from 0": (dict(cu_seqlens_q=lengths(1, 3, 6)), "must start at 0; got 1"),
+    "decreasing": (dict(cu_seqlens_q=lengths(0, 3, 2)), "must not decrease; entry 2 is 2 after 3"),
+    "not to the end": (dict(cu_seqlens_q=lengths(0, 3, 5)), r"must end at the number of rows \(6\); got 5"),
+    "longer than the maximum": (dict(max_seqlen_q=2), "got 2, and sequence 0 has 3 rows"),
+    "empty": (dict(cu_seqlens_q=lengths()), "must have batch . 1 entries"),
+    "rows of k": (dict(k=torch.randn(5, KV_HEADS, DIM)), r"k must have as many rows as q \(6\); got 5"),
+}
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_ragged_attention_refuses(name):
+    changed, message = RAGGED[name]
+    arguments = dict(
+        q=torch.randn(6, HEADS, DIM), k=torch.randn(6, KV_HEADS, DIM), v=torch.randn(6, KV_HEADS, DIM),
+        cu_seqlens_q=lengths(0, 3, 6), max_seqlen_q=3, rotary_cos=COS, rotary_sin=SIN, config=SMALL,
+    )  # fmt: skip
+    dca_attention_varlen(**arguments)
+    with pytest.raises(ValueError, match=message):
+        dca_attention_varlen(**arguments | changed)
+
+
+K3, V3 = kv_of()
+CACHED = {
+    "past capacity": (dict(cache_seqlens=8), "sequence 0 needs 11 slots, and it has 10"),
+    "one past capacity": (dict(cache_seqlens=lengths(7, 8)), "sequence 1 needs 11 slots, and it has 10"),
+    "negative length": (dict(cache_seqlens=lengths(0, -1)), "cache_seqlens must not be negative; got -1"),
+    "length as float": (dict(cache_seqlens=1.0), "cache_seqlens must be an int or an int32 tensor"),
+    "lengths in int64": (dict(cache_seqlens=lengths(0, 0, dtype=torch.int64)), "cache_seqlens must be int32"),
+    "too many lengths": (dict(cache_seqlens=lengths(0, 0, 0)), r"cache_seqlens must have shape \(2\); got \(3\)"),
+    "left padding": (dict(cache_leftpad=lengths(0, 4)), r"cache_leftpad must be between 0 and the slots in use \(3\); got 4"),
+    "k without v": (dict(v=None), "k and v go together; got k without v"),
+    "other rows in k": (dict(k=kv_of(seqlen=2)[0]), "k must have as many rows as q"),
+    "cache dtype": (dict(k_cache=torch.zeros(2, 10, KV_HEADS, DIM).bfloat16()), "k_cache must have the dtype of q"),
+    "cache heads": (dict(k_cache=torch.zeros(2, 10, 3, DIM)), "num_heads of q must be a multiple"),
+    "cache batch": (dict(k_cache=torch.zeros(1, 10, KV_HEADS, DIM)), "k_cache must have shape"),
+    "v_cache slots": (dict(v_cache=torch.zeros(2, 9, KV_HEADS, DIM)), "v_cache must have shape"),
+    "cu_seqlens without a maximum": (dict(cu_seqlens_q=lengths(0, 3, 6)), "cu_seqlens_q and max_seqlen_q go together"),
+    "splits": (dict(num_splits=-1), "num_splits must be between 0"),
+    "temperature": (dict(temperature=torch.ones(3)), r"temperature must be float32 \(2,\)"),
+    "temperature in float64": (dict(temperature=torch.ones(2).double()), r"temperature must be float32 \(2,\)"),
+    "strided head_dim": (dict(q=q_of(dim=2 * DIM)[..., ::2]), "q must be contiguous in its last dimension"),
+    "q in another dtype": (dict(q=q_of(dtype=torch.float16)), "k_cache must have the dtype of q"),
+    "q of another head_dim": (dict(q=q_of(dim=8)), "head_dim of k_cache must be that of q"),
+    "short tables": (dict(rotary_cos=COS[:-1].contiguous(), rotary_sin=SIN[:-1].contiguous()), "got 48"),
+    "no config": (dict(config=None), "config must be a DCAConfig"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_cached_attention_refuses_and_leaves_the_caches_alone(name):
+    changed, message = CACHED[name]
+    cache = empty_cache(2, 10, KV_HEADS, DIM, torch.float32)
+    arguments = dict(
+        q=q_of(), k_cache=cache.k, v_cache=cache.v, rotary_cos=COS, rotary_sin=SIN, config=SMALL, k=K3, v=V3,
+        cache_seqlens=0,
+    ) | changed  # fmt: skip
+    with pytest.raises((ValueError, TypeError), match=message):
+        dca_attention_with_kvcache(**arguments)
+    assert cache.k.isnan().all()
+    assert cache.v.isnan().all()
+
+
+PAGED = {
+    "page of nobody": (dict(page_table=lengths(0, 5, 2, 3).reshape(2, 2)), r"page_table entries in use .* \(4\); got 5"),
+    "negative page": (dict(page_table=lengths(0, 1, 2, -1).reshape(2, 2)), "got -1 at sequence 1, page 1"),
+    "past capacity": (dict(cache_seqlens=30), "needs 33 slots, and it has 32"),
+    "one dimension": (dict(page_table=lengths(0, 1)), "page_table must have shape"),
+    "int64": (dict(page_table=torch.zeros(2, 2, dtype=torch.int64)), "page_table must be int32"),
+}
+
+
+@pytest.mark.parametrize("name", PAGED)
+def test_paged_append_refuses_and_leaves_the_caches_alone(name):
+    changed, message = PAGED[name]
+    k_cache, v_cache = (torch.full((5, 16, KV_HEADS, DIM), math.nan) for _ in range(2))
+    arguments = dict(
+        k=K3, v=V3, k_cache=k_cache, v_cache=v_cache, rotary_cos=COS, rotary_sin=SIN, config=SMALL, cache_seqlens=15,
+        page_table=lengths(0, 1, 2, 3).reshape(2, 2),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        rotate_and_append_kv(**arguments | changed)
+    assert k_cache.isnan().all()
+    assert v_cache.isnan().all()
+
+
+def test_segments_and_merges_refuse():
+    cache = empty_cache(2, 10, KV_HEADS, DIM, torch.float32)
+    with pytest.raises(ValueError, match="segment must be one of intra, successive, inter; got 'outer'"):
+        dca_segment_attention(q_of(), cache.k, cache.v, COS, SIN, SMALL, segment="outer", cache_seqlens=5)
+    outs, lses = torch.randn(2, 1, 3, 2, 8), torch.randn(2, 1, 2, 3)
+    with pytest.raises(ValueError, match="same number of parts, at least one; got 2 and 1"):
+        merge_attention_states(outs, lses[:1])
+    with pytest.raises(ValueError, match="same number of parts, at least one; got 0 and 0"):
+        merge_attention_states([], [])
+    with pytest.raises(ValueError, match=r"lses must have shape \(1, 2, 3\); got \(1, 3, 2\)"):
+        merge_attention_states(outs, lses.mT)
+    with pytest.raises(ValueError, match="lses must be float32"):
+        merge_attention_states(outs, lses.double())
+    with pytest.raises(ValueError, match="outs must have shape"):
+        merge_attention_states([outs[0], outs[1][:, :2]], list(lses))
+
+
+def test_rotate_keys_refuses():
+    with pytest.raises(ValueError, match="k must have 4 dimensions"):
+        rotate_keys(K3[0], COS, SIN, SMALL)
+    with pytest.raises(ValueError, match="cache_seqlens must not be negative"):
+        rotate_keys(K3, COS, SIN, SMALL, cache_seqlens=-1)
+
+
+def test_ragged_borders_that_overrun_are_not_read_past():
+    with pytest.raises(ValueError, match="must end at the number of rows"):
+        dca_attention_varlen(
+            torch.randn(4, HEADS, DIM), torch.randn(4, KV_HEADS, DIM), torch.randn(4, KV_HEADS, DIM),
+            ragged_borders(2, 9), 9, COS, SIN, SMALL,
+        )  # fmt: skip
+
+
+def test_an_unknown_instruction_set_is_named():
+    code = "import torch, dca_ext as d; x = torch.zeros(1, 1, 1, 2); t = torch.ones(7, 1); d.dca_attention(x, x, x, t, t, d.DCAConfig(4, 6))"
+    environment = os.environ | {"DCA_CPU_ISA": "sse9"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "DCA_CPU_ISA must name an instruction set that this machine runs" in result.stderr.splitlines()[-1]
+
+
+def test_configs_for_which_the_tables_are_too_short_name_the_rows():
+    with pytest.raises(ValueError, match="= 101 rows; got 49"):
+        dca_attention(q_of(), K3, V3, COS, SIN, DCAConfig(64, 100))

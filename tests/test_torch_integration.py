@@ -1,0 +1,162 @@
+"""The operators as torch sees them: registration, tracing, torch.compile, and the missing backward."""
+
+import pytest
+import torch
+from oracle import SMALL, empty_cache, ragged_borders, tables
+
+import dca_ext
+from dca_ext import (
+    dca_attention,
+    dca_attention_varlen,
+    dca_attention_with_kvcache,
+    dca_segment_attention,
+    merge_attention_states,
+    rotate_and_append_kv,
+    rotate_keys,
+)
+
+HEADS, KV_HEADS, DIM = 4, 2, 16
+COS, SIN = tables(SMALL, DIM)
+
+
+def rows(batch=2, seqlen=50, heads=HEADS):
+    return torch.randn(batch, seqlen, heads, DIM)
+
+
+def qkv(batch=2, seqlen=50):
+    return rows(batch, seqlen), rows(batch, seqlen, KV_HEADS), rows(batch, seqlen, KV_HEADS)
+
+
+def operator_calls():
+    """(operator, arguments) for each operator, uniform, ragged and paged."""
+    ops = torch.ops.dca_ext
+    q, k, v = qkv()
+    n, p = SMALL.chunk_len, SMALL.max_position
+    plain = (q, k, v, COS, SIN, n, p, -1, None, 0, None, 0, None, 50, False, None, None, 0.25, None, 0, 0, False, True)
+    yield "attention", ops.attention, plain
+    borders = ragged_borders(20, 30)
+    flat = [x[0] for x in (q, k, v)]
+    temperature = torch.ones(2)
+    yield "attention, ragged", ops.attention, (
+        *flat, COS, SIN, n, p, -1, borders, 30, borders, 30, None, 0, False, None, None, 0.25, temperature, 0, 0, False, False,
+    )  # fmt: skip
+    cache = empty_cache(2, 64, KV_HEADS, DIM, torch.float32, page_size=16)
+    lengths = torch.tensor([3, 5], dtype=torch.int32)
+    append = (k, v, cache.k, cache.v, COS, SIN, n, p, None, 0, lengths, 0, None, cache.page_table, False)
+    yield "append", ops.rotate_and_append_kv, append
+    yield "rotate", ops.rotate_keys, (k, COS, SIN, n, p, None, 0, lengths, 0, None, True)
+    yield "merge", ops.merge_attention_states, ([q, q], [torch.randn(2, HEADS, 50)] * 2)
+
+
+@pytest.mark.parametrize(("op", "arguments"), [pytest.param(op, args, id=name) for name, op, args in operator_calls()])
+def test_opcheck(op, arguments):
+    torch.library.opcheck(op.default, arguments)
+
+
+def cached_call(q, k, v, k_cache, v_cache, lengths):
+    out = dca_attention_with_kvcache(q, k_cache, v_cache, COS, SIN, SMALL, k=k, v=v, cache_seqlens=lengths)
+    return out * 2
+
+
+COMPILED = {
+    "dca_attention": (lambda q, k, v: dca_attention(q + 1, k, v, COS, SIN, SMALL) * 2, qkv()),
+    "dca_attention_varlen": (
+        lambda q, k, v: dca_attention_varlen(q[0], k[0], v[0], ragged_borders(20, 30), 30, COS, SIN, SMALL, return_lse=True),
+        qkv(1),
+    ),
+    "rotate_keys": (lambda k: rotate_keys(k, COS, SIN, SMALL, cache_seqlens=7) + 1, (rows(heads=KV_HEADS),)),
+    "dca_segment_attention": (
+        lambda q, k, v: dca_segment_attention(q, k, v, COS, SIN, SMALL, segment="successive", cache_seqlens=50),
+        qkv(),
+    ),
+    "merge_attention_states": (
+        lambda a, b, x, y: merge_attention_states([a, b], [x, y]),
+        (rows(), rows(), torch.randn(2, HEADS, 50), torch.randn(2, HEADS, 50)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_without_a_graph_break(name):
+    function, arguments = COMPILED[name]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), function(*arguments))
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_compiled_decode_mutates_the_cache_it_was_given(as_tensor):
+    compiled = torch.compile(cached_call, fullgraph=True, backend="aot_eager")
+    cache, twin = (empty_cache(2, 64, KV_HEADS, DIM, torch.float32) for _ in range(2))
+    for step in range(4):  # a length that changes must not compile anew for ever
+        q, k, v = qkv(seqlen=1)
+        lengths = torch.full((2,), step, dtype=torch.int32) if as_tensor else step
+        out = compiled(q, k, v, cache.k, cache.v, lengths)
+        torch.testing.assert_close(out, cached_call(q, k, v, twin.k, twin.v, lengths))
+    assert torch.equal(cache.k.nan_to_num(), twin.k.nan_to_num())
+    assert not cache.k[:, :4].isnan().any()
+    assert cache.k[:, 4:].isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own import
+def test_compiles_with_inductor():
+    function = COMPILED["dca_attention"][0]
+    arguments = qkv()
+    torch.testing.assert_close(torch.compile(function, fullgraph=True)(*arguments), function(*arguments))
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_backward_says_that_there_is_none(which):
+    tensors = list(qkv())
+    tensors[which].requires_grad_()
+    with torch.enable_grad():
+        out = dca_attention(*tensors, COS, SIN, SMALL)
+        assert out.requires_grad
+        with pytest.raises(NotImplementedError, match="dca_ext::(attention|rotate_keys) has no backward"):
+            out.sum().backward()
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_backward_through_a_cache_says_so_too(which):
+    tensors = list(qkv(seqlen=3))
+    tensors[which].requires_grad_()
+    q, k, v = tensors
+    cache = empty_cache(2, 64, KV_HEADS, DIM, torch.float32)
+    with torch.enable_grad():
+        out = dca_attention_with_kvcache(q, cache.k, cache.v, COS, SIN, SMALL, k=k, v=v, cache_seqlens=0)
+        with pytest.raises(NotImplementedError, match="has no backward"):
+            out.sum().backward()
+        if which:
+            with pytest.raises(NotImplementedError, match="rotate_and_append_kv has no backward"):
+                rotate_and_append_kv(k, v, cache.k, cache.v, COS, SIN, SMALL, cache_seqlens=0)
+
+
+def test_merge_has_no_backward_either():
+    outs = torch.randn(2, 1, 3, 2, 8, requires_grad=True)
+    with torch.enable_grad(), pytest.raises(NotImplementedError, match="merge_attention_states has no backward"):
+        merge_attention_states(outs, torch.randn(2, 1, 2, 3))[0].sum().backward()
+
+
+def test_the_public_names_exist_and_are_documented():
+    for name in dca_ext.__all__:
+        assert getattr(dca_ext, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        dca_ext.nothing  # noqa: B018
+
+
+def test_build_info_says_what_was_built():
+    info = dca_ext.build_info()
+    assert info["version"] == dca_ext.__version__
+    assert info["cpu_isa"] in info["cpu_instruction_sets"]
+    assert "portable" in info["cpu_instruction_sets"]
+    assert info["cuda_architectures"] == []
+
+
+def test_kernels_are_named_from_shapes():
+    shape = dict(num_heads=9, num_heads_kv=3, head_dim=64)
+    isa = dca_ext.build_info()["cpu_isa"]
+    assert dca_ext._core.describe_kernel(seqlen_q=4096, seqlen_k=4096, **shape) == f"cpu/{isa}/tile"
+    assert dca_ext._core.describe_kernel(seqlen_q=1, seqlen_k=4096, **shape) == f"cpu/{isa}/rows"
+    with pytest.raises(RuntimeError, match="no CUDA kernels; build it where nvcc is found"):
+        dca_ext._core.describe_kernel(seqlen_q=1, seqlen_k=4096, device="cuda", **shape)
+    with pytest.raises(ValueError, match="num_heads must be a positive multiple"):
+        dca_ext._core.describe_kernel(seqlen_q=1, seqlen_k=1, num_heads=3, num_heads_kv=2, head_dim=64)
