@@ -1,4 +1,4 @@
-"""Drives CMake and ninja; everything about flags and targets is in CMakeLists.txt, everything else in pyproject.toml."""
+"""Drives CMake and ninja; CMakeLists.txt has everything about flags and targets, pyproject.toml everything else."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ class CMakeBuild(build_ext):
         )  # fmt: skip
         self.cmake("--build", build)
         self.cmake("--install", build, "--component", "python", "--prefix", package_parent)
-        # The wheel carries the C++ package too: cmake -Ddca_DIR=$(python -c "import dca_ext; print(dca_ext.cmake_dir())")
+        # The wheel carries the C++ package too: cmake -Ddca_DIR=<what dca_ext.cmake_dir() says>
         self.cmake("--install", build, "--component", "cpp", "--prefix", package_parent / "dca_ext" / "cpp")
 
     def cmake(self, *arguments: object) -> None:

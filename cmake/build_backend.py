@@ -30,7 +30,7 @@ def find_torch() -> Path | None:
 
 
 def _requirements(requirements: list[str]) -> list[str]:
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036  (this is what tells the user of an older one)
         raise SystemExit(f"dca_ext needs Python 3.10 or newer; this is {sys.version.split()[0]}.")
     return requirements if find_torch() else [*requirements, "torch>=2.10"]
 

@@ -9,9 +9,9 @@ Shapes, as in the flash-attention family; head_dim is contiguous, all other stri
     out                  like q
     lse                  (batch, num_heads, seqlen_q), or ragged (num_heads, total_q); float32, natural logarithm
 
-q, k, v and caches share one dtype (float32, bfloat16 or float16) and one device; num_heads is a multiple of num_heads_kv.
-Rows that see no key give out = 0 and lse = -inf. Work is that of causal attention: 4 * head_dim * num_heads FLOP per
-visible key.
+q, k, v and caches share one dtype (float32, bfloat16 or float16) and one device; num_heads is a multiple of
+num_heads_kv. Rows that see no key give out = 0 and lse = -inf. Work is that of causal attention: 4 * head_dim *
+num_heads FLOP per visible key.
 
 Errors common to all: ValueError for a shape, dtype, device, stride or number that cannot be, and, on the CPU or with
 the environment variable DCA_CHECK=1, for values in length tensors and page tables; TypeError for an argument of the
@@ -221,8 +221,9 @@ def rotate_and_append_kv(
     Args:
         k: new keys (batch, seqlen, num_heads_kv, head_dim), or ragged (total, num_heads_kv, head_dim).
         v: like k.
-        k_cache: (batch, slots, num_heads_kv, head_dim), or pages (num_pages, page_size, num_heads_kv, head_dim); mutated.
-        v_cache: like k_cache; mutated.
+        k_cache: (batch, slots, num_heads_kv, head_dim), or pages (num_pages, page_size, num_heads_kv, head_dim).
+            Mutated.
+        v_cache: like k_cache. Mutated.
         rotary_cos: (>= max_position + 1, rotary_dim / 2), float32.
         rotary_sin: like rotary_cos.
         config: the chunk geometry.
@@ -450,7 +451,7 @@ def merge_attention_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tenso
     return torch.ops.dca_ext.merge_attention_states(*parts)
 
 
-# --- What they share ---------------------------------------------------------------------------------------------------
+# --- What they share --------------------------------------------------------------------------------------------------
 
 
 class _NoBackward(torch.autograd.Function):
@@ -548,9 +549,7 @@ def _require_attendable(
         if cache.dim() == 4 and (cache.shape[2] == 0 or q.shape[-2] % cache.shape[2] != 0):
             raise ValueError(f"num_heads of q must be a multiple of num_heads_kv ({cache.shape[2]}); got {q.shape[-2]}")
     if temperature is not None and (temperature.dtype != torch.float32 or temperature.shape != (batch,)):
-        raise ValueError(
-            f"temperature must be float32 ({batch},); got {temperature.dtype} {tuple(temperature.shape)}"
-        )
+        raise ValueError(f"temperature must be float32 ({batch},); got {temperature.dtype} {tuple(temperature.shape)}")
     if not 0 <= num_splits <= 256:
         raise ValueError(f"num_splits must be between 0 (choose) and 256; got {num_splits}")
 

@@ -73,7 +73,7 @@ def _merge_attention_states_fake(outs: list[Tensor], lses: list[Tensor]) -> tupl
     return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
 
 
-# --- Backward: none yet, and never silent zeros ------------------------------------------------------------------------
+# --- Backward: none yet, and never silent zeros -----------------------------------------------------------------------
 
 
 def _refuse_backward(name: str) -> None:

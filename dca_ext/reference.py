@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ SEGMENTS = ("intra", "successive", "inter")
 _ROWS_PER_BLOCK = 256
 
 
-# --- The geometry ----------------------------------------------------------------------------------------------------
+# --- The geometry -----------------------------------------------------------------------------------------------------
 
 
 def key_position(j: Tensor, config: DCAConfig) -> Tensor:
@@ -82,7 +83,7 @@ def rope(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: bo
     return torch.cat((turned, passing), dim=-1)
 
 
-# --- One sequence ----------------------------------------------------------------------------------------------------
+# --- One sequence -----------------------------------------------------------------------------------------------------
 
 
 def attend(
@@ -131,7 +132,7 @@ def attend(
     return out, lse
 
 
-# --- The operators ---------------------------------------------------------------------------------------------------
+# --- The operators ----------------------------------------------------------------------------------------------------
 
 
 def dca_attention(
@@ -157,9 +158,7 @@ def dca_attention(
     lse = torch.empty(batch, q.shape[2], seqlen, dtype=torch.float32, device=q.device)
     positions = torch.arange(seqlen, device=q.device)
     for b in range(batch):
-        k_rotated = rope(
-            k[b].to(compute_dtype), key_position(positions, config), rotary_cos, rotary_sin, interleaved
-        )
+        k_rotated = rope(k[b].to(compute_dtype), key_position(positions, config), rotary_cos, rotary_sin, interleaved)
         out_b, lse_b = attend(
             q[b].to(compute_dtype),
             k_rotated,
@@ -196,7 +195,7 @@ def dca_attention_varlen(
     borders = cu_seqlens_q.tolist()
     out = torch.zeros(*q.shape[:2], v.shape[-1], dtype=out_dtype or q.dtype, device=q.device)
     lse = torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=torch.float32, device=q.device)
-    for b, (begin, end) in enumerate(zip(borders, borders[1:], strict=False)):
+    for b, (begin, end) in enumerate(pairwise(borders)):
         rows = slice(begin, end)
         result = dca_attention(
             q[None, rows],
@@ -402,7 +401,7 @@ def merge_attention_states(
     return out.to(outs[0].dtype), lse.to(torch.float32)
 
 
-# --- Reading the arguments -------------------------------------------------------------------------------------------
+# --- Reading the arguments --------------------------------------------------------------------------------------------
 
 
 def _scale(softmax_scale: float | None, q: Tensor) -> float:
@@ -429,7 +428,7 @@ def _query_rows(q: Tensor, cu_seqlens_q: Tensor | None) -> list[slice]:
     if cu_seqlens_q is None:
         return [slice(0, q.shape[1])] * q.shape[0]
     borders = cu_seqlens_q.tolist()
-    return [slice(begin, end) for begin, end in zip(borders, borders[1:], strict=False)]
+    return [slice(begin, end) for begin, end in pairwise(borders)]
 
 
 def _slot(slot: int, b: int, page_table: Tensor | None, cache: Tensor) -> tuple[int, int]:

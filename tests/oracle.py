@@ -32,7 +32,7 @@ def random_rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return storage[..., :dim]
 
 
-# --- The rule ----------------------------------------------------------------------------------------------------------
+# --- The rule ---------------------------------------------------------------------------------------------------------
 
 
 def ulp(x: float, dtype: torch.dtype) -> float:
@@ -76,7 +76,14 @@ def assert_lse_close(lse: Tensor, oracle: Tensor, *, dtype: torch.dtype = torch.
 
 
 def attend_in_low_precision(
-    q: Tensor, k_rotated: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, config: DCAConfig, scale: float
+    q: Tensor,
+    k_rotated: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    config: DCAConfig,
+    scale: float,
 ) -> Tensor:
     """The baseline for one sequence: q (rows, H, D) rotated in float32 and rounded, products of rounded inputs, float32
     softmax, weights rounded; k_rotated and v (keys, H_kv, D) as they are in the cache."""
@@ -108,7 +115,7 @@ def baseline_attention(
     return out
 
 
-# --- Caches with poison ------------------------------------------------------------------------------------------------
+# --- Caches with poison -----------------------------------------------------------------------------------------------
 
 
 @dataclass

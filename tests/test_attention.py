@@ -41,14 +41,24 @@ def test_lengths_at_every_border(seqlen):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "heads_kv", "dim"), [(4, 4, 64), (8, 2, 128), (8, 1, 96), (3, 1, 80), (2, 2, 20), (1, 1, 2)])
+@pytest.mark.parametrize(
+    ("heads", "heads_kv", "dim"), [(4, 4, 64), (8, 2, 128), (8, 1, 96), (3, 1, 80), (2, 2, 20), (1, 1, 2)]
+)
 def test_heads_and_dtypes(heads, heads_kv, dim, dtype):
     run_and_compare(SMALL, 2, 203, heads, heads_kv, dim, dtype)
 
 
 @pytest.mark.parametrize(
     "config",
-    [DCAConfig(1, 1), DCAConfig(2, 3), FIGURE_2, DCAConfig(40, 40), DCAConfig(40, 79), DCAConfig(128, 160), DCAConfig(136, 200)],
+    [
+        DCAConfig(1, 1),
+        DCAConfig(2, 3),
+        FIGURE_2,
+        DCAConfig(40, 40),
+        DCAConfig(40, 79),
+        DCAConfig(128, 160),
+        DCAConfig(136, 200),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -82,7 +92,12 @@ def test_scale_and_temperature_multiply_the_logits():
     run_and_compare(SMALL, 2, 150, 2, 1, 64, torch.float32, softmax_scale=0.3, temperature=temperature)
     cos, sin = tables(SMALL, 16)
     q, k, v = (torch.randn(2, 90, 2, 16) for _ in range(3))
-    by_hand = torch.cat([dca_attention(q[b : b + 1] * t, k[b : b + 1], v[b : b + 1], cos, sin, SMALL) for b, t in enumerate(temperature)])
+    by_hand = torch.cat(
+        [
+            dca_attention(q[b : b + 1] * t, k[b : b + 1], v[b : b + 1], cos, sin, SMALL)
+            for b, t in enumerate(temperature)
+        ]
+    )
     torch.testing.assert_close(dca_attention(q, k, v, cos, sin, SMALL, temperature=temperature), by_hand)
 
 
@@ -151,7 +166,12 @@ def test_ragged_equals_one_sequence_at_a_time(dtype):
     assert lse.shape == (4, sum(lengths))
     for b, (begin, end) in enumerate(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False)):
         alone = dca_attention(
-            *(x[None, begin:end] for x in (q, k, v)), cos, sin, SMALL, temperature=temperature[b : b + 1], return_lse=True
+            *(x[None, begin:end] for x in (q, k, v)),
+            cos,
+            sin,
+            SMALL,
+            temperature=temperature[b : b + 1],
+            return_lse=True,
         )
         torch.testing.assert_close(out[begin:end], alone[0][0], rtol=0, atol=2e-6 if dtype == torch.float32 else 1e-2)
         torch.testing.assert_close(lse[:, begin:end], alone[1][0], rtol=0, atol=1e-5)

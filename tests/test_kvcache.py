@@ -102,13 +102,26 @@ def test_against_the_oracle(seqlen_q, dtype, page_size):
     _, k, v = rows(3, 203, dtype)
     for b, n in enumerate(total.tolist()):  # left padding and everything behind the last token stays NaN
         pad = int(leftpad[b])
-        one = Cache(cache.k, cache.v, cache.page_table[b : b + 1]) if page_size else Cache(cache.k[b : b + 1], cache.v[b : b + 1])
+        one = (
+            Cache(cache.k, cache.v, cache.page_table[b : b + 1])
+            if page_size
+            else Cache(cache.k[b : b + 1], cache.v[b : b + 1])
+        )
         rotate_and_append_kv(
             k[b : b + 1, : n - pad], v[b : b + 1, : n - pad], one.k, one.v, cos, sin, SMALL,
             cache_seqlens=pad, cache_leftpad=leftpad[b : b + 1], **one.layout,
         )  # fmt: skip
     out, lse = dca_attention_with_kvcache(
-        q, cache.k, cache.v, cos, sin, SMALL, cache_seqlens=total, cache_leftpad=leftpad, return_lse=True, **cache.layout
+        q,
+        cache.k,
+        cache.v,
+        cos,
+        sin,
+        SMALL,
+        cache_seqlens=total,
+        cache_leftpad=leftpad,
+        return_lse=True,
+        **cache.layout,
     )
     expected, expected_lse = reference.dca_attention_with_kvcache(
         q, cache.k, cache.v, cos, sin, SMALL, cache_seqlens=total, cache_leftpad=leftpad, return_lse=True,
@@ -118,9 +131,7 @@ def test_against_the_oracle(seqlen_q, dtype, page_size):
     for b, n in enumerate((total - leftpad).tolist()):
         rotated = rotate_keys(k[b : b + 1, :n], cos, sin, SMALL)[0]
         positions = torch.arange(n - seqlen_q, n)
-        baseline[b] = attend_in_low_precision(
-            q[b], rotated, v[b, :n], positions, cos, sin, SMALL, 1 / math.sqrt(DIM)
-        )
+        baseline[b] = attend_in_low_precision(q[b], rotated, v[b, :n], positions, cos, sin, SMALL, 1 / math.sqrt(DIM))
     assert_close(out, expected, baseline)
     assert_lse_close(lse, expected_lse)  # the keys are the cache's own: no rounding is left to allow for
 
@@ -148,9 +159,7 @@ def test_rows_without_keys_and_left_padding_give_zero_and_minus_infinity():
     cache = empty_cache(3, 20, KV_HEADS, DIM, torch.float32)
     _, k, v = rows(1, 4)
     leftpad = torch.tensor([6, 0, 8], dtype=torch.int32)
-    rotate_and_append_kv(
-        k, v, cache.k[:1], cache.v[:1], cos, sin, SMALL, cache_seqlens=6, cache_leftpad=leftpad[:1]
-    )
+    rotate_and_append_kv(k, v, cache.k[:1], cache.v[:1], cos, sin, SMALL, cache_seqlens=6, cache_leftpad=leftpad[:1])
     q = random_rows(3, 7, HEADS, DIM)
     out, lse = dca_attention_with_kvcache(
         q, cache.k, cache.v, cos, sin, SMALL, cache_seqlens=torch.tensor([10, 0, 8], dtype=torch.int32),
@@ -188,7 +197,10 @@ def test_ragged_queries_mix_prefill_and_decode_in_one_batch():
     twin = empty_cache(5, 140, KV_HEADS, DIM, torch.float32)
     for b, n in enumerate(before.tolist()):
         _, k, v = rows(1, n)
-        for target, view in ((cache, Cache(cache.k, cache.v, cache.page_table[b : b + 1])), (twin, Cache(twin.k[b : b + 1], twin.v[b : b + 1]))):
+        for target, view in (
+            (cache, Cache(cache.k, cache.v, cache.page_table[b : b + 1])),
+            (twin, Cache(twin.k[b : b + 1], twin.v[b : b + 1])),
+        ):
             assert target is not None
             fill(view, k, v, cos, sin)
     q, k, v = (x[0] for x in rows(1, sum(new)))
@@ -216,7 +228,9 @@ def test_pages_may_be_shared():
     fill(cache, k, v, cos, sin)
     table = cache.page_table.expand(2, -1).clone()
     used = set(cache.page_table[0, : prefix // page_size].tolist())
-    table[1, prefix // page_size] = next(p for p in range(cache.k.shape[0]) if p not in set(cache.page_table[0].tolist()))
+    table[1, prefix // page_size] = next(
+        p for p in range(cache.k.shape[0]) if p not in set(cache.page_table[0].tolist())
+    )
     assert table[1, prefix // page_size].item() not in used
     q, k_new, v_new = rows(2, 3)
     out = dca_attention_with_kvcache(
@@ -281,4 +295,6 @@ def test_lengths_as_int_and_as_tensor_agree():
     by_tensor = dca_attention_with_kvcache(
         q[:, -1:], cache.k, cache.v, cos, sin, SMALL, cache_seqlens=torch.full((2,), 77, dtype=torch.int32)
     )
-    assert torch.equal(by_tensor, dca_attention_with_kvcache(q[:, -1:], cache.k, cache.v, cos, sin, SMALL, cache_seqlens=77))
+    assert torch.equal(
+        by_tensor, dca_attention_with_kvcache(q[:, -1:], cache.k, cache.v, cos, sin, SMALL, cache_seqlens=77)
+    )

@@ -61,7 +61,11 @@ SELF_ATTENTION = {
     "tables that differ": (dict(rotary_sin=SIN[:, :4].contiguous()), ValueError, "rotary_sin must have shape"),
     "tables in bf16": (dict(rotary_cos=COS.bfloat16()), ValueError, "rotary_cos must be float32"),
     "strided tables": (dict(rotary_cos=COS.mT.contiguous().mT), ValueError, "rotary_cos must be contiguous"),
-    "temperature of another length": (dict(temperature=torch.ones(3)), ValueError, r"temperature must have shape \(2\)"),
+    "temperature of another length": (
+        dict(temperature=torch.ones(3)),
+        ValueError,
+        r"temperature must have shape \(2\)",
+    ),
     "temperature in float64": (
         dict(temperature=torch.ones(2, dtype=torch.float64)),
         ValueError,
@@ -110,7 +114,7 @@ CACHED = {
     "length as float": (dict(cache_seqlens=1.0), "cache_seqlens must be an int or an int32 tensor"),
     "lengths in int64": (dict(cache_seqlens=lengths(0, 0, dtype=torch.int64)), "cache_seqlens must be int32"),
     "too many lengths": (dict(cache_seqlens=lengths(0, 0, 0)), r"cache_seqlens must have shape \(2\); got \(3\)"),
-    "left padding": (dict(cache_leftpad=lengths(0, 4)), r"cache_leftpad must be between 0 and the slots in use \(3\); got 4"),
+    "left padding": (dict(cache_leftpad=lengths(0, 4)), r"between 0 and the slots in use \(3\); got 4 for sequence 1"),
     "k without v": (dict(v=None), "k and v go together; got k without v"),
     "other rows in k": (dict(k=kv_of(seqlen=2)[0]), "k must have as many rows as q"),
     "cache dtype": (dict(k_cache=torch.zeros(2, 10, KV_HEADS, DIM).bfloat16()), "k_cache must have the dtype of q"),
@@ -144,7 +148,10 @@ def test_cached_attention_refuses_and_leaves_the_caches_alone(name):
 
 
 PAGED = {
-    "page of nobody": (dict(page_table=lengths(0, 5, 2, 3).reshape(2, 2)), r"page_table entries in use .* \(4\); got 5"),
+    "page of nobody": (
+        dict(page_table=lengths(0, 5, 2, 3).reshape(2, 2)),
+        r"page_table entries in use .* \(4\); got 5",
+    ),
     "negative page": (dict(page_table=lengths(0, 1, 2, -1).reshape(2, 2)), "got -1 at sequence 1, page 1"),
     "past capacity": (dict(cache_seqlens=30), "needs 33 slots, and it has 32"),
     "one dimension": (dict(page_table=lengths(0, 1)), "page_table must have shape"),
@@ -199,7 +206,10 @@ def test_ragged_borders_that_overrun_are_not_read_past():
 
 
 def test_an_unknown_instruction_set_is_named():
-    code = "import torch, dca_ext as d; x = torch.zeros(1, 1, 1, 2); t = torch.ones(7, 1); d.dca_attention(x, x, x, t, t, d.DCAConfig(4, 6))"
+    code = (
+        "import torch, dca_ext as d; x, t = torch.zeros(1, 1, 1, 2), torch.ones(7, 1);"
+        "d.dca_attention(x, x, x, t, t, d.DCAConfig(4, 6))"
+    )
     environment = os.environ | {"DCA_CPU_ISA": "sse9"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode != 0

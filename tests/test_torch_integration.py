@@ -38,7 +38,8 @@ def operator_calls():
     flat = [x[0] for x in (q, k, v)]
     temperature = torch.ones(2)
     yield "attention, ragged", ops.attention, (
-        *flat, COS, SIN, n, p, -1, borders, 30, borders, 30, None, 0, False, None, None, 0.25, temperature, 0, 0, False, False,
+        *flat, COS, SIN, n, p, -1, borders, 30, borders, 30, None, 0, False, None, None, 0.25, temperature, 0, 0, False,
+        False,
     )  # fmt: skip
     cache = empty_cache(2, 64, KV_HEADS, DIM, torch.float32, page_size=16)
     lengths = torch.tensor([3, 5], dtype=torch.int32)
@@ -61,7 +62,9 @@ def cached_call(q, k, v, k_cache, v_cache, lengths):
 COMPILED = {
     "dca_attention": (lambda q, k, v: dca_attention(q + 1, k, v, COS, SIN, SMALL) * 2, qkv()),
     "dca_attention_varlen": (
-        lambda q, k, v: dca_attention_varlen(q[0], k[0], v[0], ragged_borders(20, 30), 30, COS, SIN, SMALL, return_lse=True),
+        lambda q, k, v: dca_attention_varlen(
+            q[0], k[0], v[0], ragged_borders(20, 30), 30, COS, SIN, SMALL, return_lse=True
+        ),
         qkv(1),
     ),
     "rotate_keys": (lambda k: rotate_keys(k, COS, SIN, SMALL, cache_seqlens=7) + 1, (rows(heads=KV_HEADS),)),
@@ -111,7 +114,7 @@ def test_backward_says_that_there_is_none(which):
     with torch.enable_grad():
         out = dca_attention(*tensors, COS, SIN, SMALL)
         assert out.requires_grad
-        with pytest.raises(NotImplementedError, match="dca_ext::(attention|rotate_keys) has no backward"):
+        with pytest.raises(NotImplementedError, match=r"dca_ext::(attention|rotate_keys) has no backward"):
             out.sum().backward()
 
 

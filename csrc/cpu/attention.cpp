@@ -27,6 +27,7 @@ constexpr int32_t kStripRows = 24;  // logits of a strip: 24 x 128 x 4 bytes = 1
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 constexpr int64_t kAlignment = 64;
+constexpr int64_t kMinMacsPerThread = 100000;  // some 5 microseconds
 
 template <class T>
 constexpr T round_up(T x, T multiple) {
@@ -41,13 +42,20 @@ struct Task {
   int32_t split;
   KeyRange window;  // logical keys of this split
 
-  int64_t cost() const { return static_cast<int64_t>(q_end - q_begin) * window.size(); }
+  int64_t num_pairs() const { return static_cast<int64_t>(q_end - q_begin) * window.size(); }
 };
 
 struct Plan {
   CpuTileShape shape;
   int32_t num_splits = 1;
   std::vector<Task> tasks;  // longest first
+
+  /// Threads that the work repays: at least kMinMacsPerThread multiply-adds for each.
+  int64_t max_workers(const AttentionParams& p) const {
+    int64_t num_pairs = 0;
+    for (const Task& task : tasks) num_pairs += task.num_pairs();
+    return 1 + num_pairs * (p.num_heads / p.num_heads_kv) * 2 * p.head_dim / kMinMacsPerThread;
+  }
 };
 
 // --- The plan ---
@@ -95,7 +103,7 @@ Plan make_plan(const AttentionParams& p) {
     }
   });
   std::stable_sort(plan.tasks.begin(), plan.tasks.end(),
-                   [](const Task& a, const Task& b) { return a.cost() > b.cost(); });
+                   [](const Task& a, const Task& b) { return a.num_pairs() > b.num_pairs(); });
   return plan;
 }
 
@@ -431,7 +439,7 @@ Status attention(const AttentionParams& p) try {
         workspace.lses[row] = lse;
       }
     });
-  });
+  }, plan.max_workers(p));
   if (plan.num_splits > 1) combine_splits(p, mk, plan.num_splits, workspace, output);
   return {};
 } catch (const std::bad_alloc&) {

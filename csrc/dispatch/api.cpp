@@ -45,7 +45,8 @@ bool has_no_new_rows(const Params& p) {
 Status attention(const AttentionParams& params) {
   bool run = false;
   Status status = prepare(params, is_empty(params), &run);
-  return run ? cpu::attention(params) : status;
+  if (run) status = check_pointers(params);
+  return run && status.ok() ? cpu::attention(params) : status;
 }
 
 Status attention_workspace_bytes(const AttentionParams& params, size_t* bytes) {
@@ -70,19 +71,22 @@ Status describe_attention(const AttentionParams& params, std::string* kernel) {
 Status rotate_keys(const RotateKeysParams& params) {
   bool run = false;
   Status status = prepare(params, has_no_new_rows(params), &run);
-  return run ? cpu::rotate_keys(params) : status;
+  if (run) status = check_pointers(params);
+  return run && status.ok() ? cpu::rotate_keys(params) : status;
 }
 
 Status rotate_and_append_kv(const AppendParams& params) {
   bool run = false;
   Status status = prepare(params, has_no_new_rows(params), &run);
-  return run ? cpu::rotate_and_append_kv(params) : status;
+  if (run) status = check_pointers(params);
+  return run && status.ok() ? cpu::rotate_and_append_kv(params) : status;
 }
 
 Status merge_attention_states(const MergeParams& params) {
   bool run = false;
   Status status = prepare(params, params.batch == 0 || params.seqlen == 0, &run);
-  return run ? cpu::merge_attention_states(params) : status;
+  if (run) status = check_pointers(params);
+  return run && status.ok() ? cpu::merge_attention_states(params) : status;
 }
 
 BuildInfo build_info() {

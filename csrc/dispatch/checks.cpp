@@ -70,6 +70,11 @@ Status check_pages(const PageTable& pages, Device device, int64_t slots) {
   return {};
 }
 
+Status check_not_null(const char* name, const void* pointer) {
+  DCA_REFUSE_IF(pointer == nullptr, name, " must not be null");
+  return {};
+}
+
 template <class Params>
 Status check_common(const Params& p) {
   DCA_RETURN_IF_REFUSED(check_dtype(p.dtype));
@@ -128,7 +133,11 @@ Status check_values(const AttentionParams& p) {
   DCA_RETURN_IF_REFUSED(check_cu_seqlens("cu_seqlens_q", p.cu_seqlens_q, p.batch, p.total_q, p.seqlen_q));
   DCA_RETURN_IF_REFUSED(check_cu_seqlens("cu_seqlens_k", p.cu_seqlens_k, p.batch, p.total_k, p.seqlen_k));
   for (int32_t b = 0; b < p.batch; ++b) {
-    if (p.cu_seqlens_k != nullptr) continue;  // the lengths are those of cu_seqlens_k
+    if (p.cu_seqlens_k != nullptr) {  // the lengths are those of cu_seqlens_k
+      const int64_t rows = rows_of(p.cu_seqlens_k, b, p.seqlen_k);
+      DCA_RETURN_IF_REFUSED(check_slots(p, b, rows, rows, rows));
+      continue;
+    }
     const int64_t before = p.cache_seqlens != nullptr ? p.cache_seqlens[b] : p.cache_seqlen;
     const int64_t used = before + (p.cache_seqlens_before_append ? rows_of(p.cu_seqlens_q, b, p.seqlen_q) : 0);
     DCA_RETURN_IF_REFUSED(check_slots(p, b, before, used, p.seqlen_k));
@@ -180,6 +189,7 @@ Status check(const AttentionParams& p) {
 Status check(const RotateKeysParams& p) {
   DCA_RETURN_IF_REFUSED(check_heads(p.num_heads_kv, p.num_heads_kv, p.head_dim));
   DCA_RETURN_IF_REFUSED(check_common(p));
+  DCA_REFUSE_IF(p.seqlen_k < 0, "seqlen_k must not be negative; got ", p.seqlen_k);
   if (p.exec.device == Device::Cpu) return check_values(p);
   return {};
 }
@@ -187,6 +197,8 @@ Status check(const RotateKeysParams& p) {
 Status check(const AppendParams& p) {
   DCA_RETURN_IF_REFUSED(check_heads(p.num_heads_kv, p.num_heads_kv, p.head_dim));
   DCA_RETURN_IF_REFUSED(check_common(p));
+  DCA_REFUSE_IF(p.seqlen_k < 0 || p.cache_slots < 0, "seqlen_k and cache_slots must not be negative; got seqlen_k=",
+                p.seqlen_k, ", cache_slots=", p.cache_slots);
   DCA_RETURN_IF_REFUSED(check_pages(p.pages, p.exec.device, p.cache_slots));
   if (p.exec.device == Device::Cpu) return check_values(p);
   return {};
@@ -200,6 +212,40 @@ Status check(const MergeParams& p) {
   DCA_REFUSE_IF(p.batch < 0 || p.seqlen < 0, "batch and seqlen must not be negative; got batch=", p.batch, ", seqlen=",
                 p.seqlen);
   return {};
+}
+
+// --- Memory, where there is work to do ---
+
+Status check_pointers(const AttentionParams& p) {
+  DCA_RETURN_IF_REFUSED(check_not_null("q", p.q.data));
+  DCA_RETURN_IF_REFUSED(check_not_null("out", p.out.data));
+  const int64_t keys = p.cu_seqlens_k != nullptr ? p.total_k : p.pages.page_table != nullptr ? p.pages.num_pages : p.seqlen_k;
+  if (keys == 0) return {};
+  DCA_RETURN_IF_REFUSED(check_not_null("k", p.k.data));
+  return check_not_null("v", p.v.data);
+}
+
+Status check_pointers(const RotateKeysParams& p) {
+  DCA_RETURN_IF_REFUSED(check_not_null("k", p.k.data));
+  return check_not_null("out", p.out.data);
+}
+
+Status check_pointers(const AppendParams& p) {
+  DCA_RETURN_IF_REFUSED(check_not_null("k", p.k.data));
+  DCA_RETURN_IF_REFUSED(check_not_null("v", p.v.data));
+  DCA_RETURN_IF_REFUSED(check_not_null("k_cache", p.k_cache.data));
+  return check_not_null("v_cache", p.v_cache.data);
+}
+
+Status check_pointers(const MergeParams& p) {
+  DCA_RETURN_IF_REFUSED(check_not_null("outs", p.outs));
+  DCA_RETURN_IF_REFUSED(check_not_null("lses", p.lses));
+  for (int32_t part = 0; part < p.num_parts; ++part) {
+    DCA_RETURN_IF_REFUSED(check_not_null("every part of outs", p.outs[part]));
+    DCA_RETURN_IF_REFUSED(check_not_null("every part of lses", p.lses[part]));
+  }
+  DCA_RETURN_IF_REFUSED(check_not_null("out", p.out));
+  return check_not_null("lse", p.lse);
 }
 
 }  // namespace dca
