@@ -1,0 +1,77 @@
+"""Generation in the open: prefill in pieces and decoding token by token, so that a caller can show both as they go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def prefill(
+    model: Any, prompt: Tensor, piece_len: int, advance: Callable[[int], None] | None = None
+) -> tuple[Tensor, Any]:
+    """Reads ``prompt`` (1, seqlen), int64, ``piece_len`` tokens at a time -> (logits (vocab,) after it, cache).
+
+    Pieces bound the memory of the activations; what they compute does not depend on where the cuts are.
+    ``advance(tokens)`` is called after each piece.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    logits = None
+    with torch.inference_mode():
+        for piece in prompt.to(model.device).split(piece_len, dim=1):
+            logits = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            if advance is not None:
+                advance(piece.shape[1])
+    if logits is None:
+        raise ValueError("prompt must hold at least one token; got none")
+    return logits[0, -1], cache
+
+
+def decode(
+    model: Any,
+    logits: Tensor,
+    cache: Any,
+    choose: Callable[[Tensor], int],
+    max_new_tokens: int,
+    stop_ids: frozenset[int] = frozenset(),
+) -> Iterator[int]:
+    """Continues after `prefill`: yields up to ``max_new_tokens`` token ids, and ends before one of ``stop_ids``.
+
+    ``choose`` picks a token from logits (vocab,).
+    """
+    for produced in range(max_new_tokens):
+        token = choose(logits)
+        if token in stop_ids:
+            return
+        yield token
+        if produced + 1 < max_new_tokens:
+            with torch.inference_mode():
+                step = torch.tensor([[token]], device=model.device)
+                logits = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+
+
+def greedy(logits: Tensor) -> int:
+    """The likeliest token of logits (vocab,)."""
+    return int(logits.argmax())
+
+
+def sampler(temperature: float, seed: int) -> Callable[[Tensor], int]:
+    """Draws from softmax(logits / temperature), on the CPU, so that a seed means the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits: Tensor) -> int:
+        weights = torch.softmax(logits.float().cpu() / temperature, dim=-1)
+        return int(torch.multinomial(weights, 1, generator=generator))
+
+    return choose
+
+
+def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The ids that end an answer, according to the model's generation config and its tokenizer."""
+    stated = getattr(model.generation_config, "eos_token_id", None)
+    ids = [stated] if isinstance(stated, int) else list(stated or ())
+    return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
