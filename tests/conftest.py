@@ -1,6 +1,9 @@
 import pytest
 import torch
 
+# The models and tensors here are tiny: waking other threads costs more than they bring. Tests of threads ask for them.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seeded_and_without_grad():

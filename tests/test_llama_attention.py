@@ -1,0 +1,428 @@
+"""DCALlamaAttention and its siblings in whole models: against transformers below max_position + 1, against the slow
+model above, for every form in which padding and positions arrive."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_models import (
+    FAMILIES,
+    ROPE_PARAMETERS,
+    SMALL,
+    assert_same,
+    cast,
+    logits,
+    slow_model,
+    tiny_config,
+    tiny_model,
+    tokens,
+    tolerance,
+)
+from torch import nn
+from transformers import DynamicCache, StaticCache
+
+from dca_ext import reference
+from dca_ext.attention import DCALlamaAttention
+from dca_ext.config import DCAConfig
+from dca_ext.patch import replace_attention
+
+P = SMALL.max_position
+
+
+def with_dca(plain, dca_config=SMALL, **kwargs):
+    return replace_attention(copy.deepcopy(plain), dca_config, **kwargs)
+
+
+# --- Against transformers and against the slow model -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_up_to_max_position_plus_one_tokens_nothing_changes(family):
+    plain = tiny_model(family)
+    ids = tokens(2, P + 1)
+    assert_same(logits(with_dca(plain), ids), logits(plain, ids), tolerance(plain, ids))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_row_after_that_is_the_first_that_differs(family):
+    plain = tiny_model(family)
+    ids = tokens(1, P + 2)
+    difference = (logits(with_dca(plain), ids) - logits(plain, ids)).abs().amax(dim=(0, 2))
+    assert difference[P + 1] > 100 * tolerance(plain, ids)
+    assert difference[: P + 1].max() <= tolerance(plain, ids)
+
+
+@pytest.mark.parametrize("length", [1, 5, 6, 7, 11, 12, 13, 41])
+def test_long_sequences_equal_the_slow_model(length):
+    plain = tiny_model()
+    ids = tokens(2, length)
+    assert_same(logits(with_dca(plain), ids), logits(slow_model(plain), ids), tolerance(plain, ids))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_families_equal_their_slow_models(family):
+    plain = tiny_model(family)
+    ids = tokens(2, 40)
+    assert_same(logits(with_dca(plain), ids), logits(slow_model(plain), ids), tolerance(plain, ids))
+
+
+@pytest.mark.parametrize(("heads", "heads_kv"), [(1, 1), (4, 4), (4, 1), (8, 1), (8, 2)])
+def test_head_ratios(heads, heads_kv):
+    plain = tiny_model(num_attention_heads=heads, num_key_value_heads=heads_kv)
+    ids = tokens(1, 30)
+    assert_same(logits(with_dca(plain), ids), logits(slow_model(plain), ids), tolerance(plain, ids))
+
+
+def test_the_modules_own_scaling_holds():
+    plain = tiny_model()
+    for layer in plain.model.layers:
+        layer.self_attn.scaling = 0.4
+    dca = with_dca(plain)
+    ids = tokens(1, P + 1)
+    assert_same(logits(dca, ids), logits(plain, ids), tolerance(plain, ids))
+    # The same through a cache and through packing.
+    assert_same(logits(dca, ids, past_key_values=DynamicCache()), logits(plain, ids), tolerance(plain, ids))
+    packed = logits(dca, ids, cu_seq_lens_q=torch.tensor([0, P + 1], dtype=torch.int32))
+    assert_same(packed, logits(plain, ids), tolerance(plain, ids))
+
+
+@pytest.mark.parametrize("dca_config", [DCAConfig(1, 1), DCAConfig(4, 4), DCAConfig(7, 13), DCAConfig(5, 8)])
+def test_geometries(dca_config):
+    plain = tiny_model()
+    ids = tokens(1, 30)
+    assert_same(
+        logits(with_dca(plain, dca_config), ids), logits(slow_model(plain, dca_config), ids), tolerance(plain, ids)
+    )
+
+
+@pytest.mark.parametrize("rope_type", ROPE_PARAMETERS)
+def test_rope_types(rope_type):
+    # 20 positions: longrope (16 originally) is frozen at its long factors, as the plain model from 17 tokens on.
+    dca_config = DCAConfig(12, 19)
+    plain = tiny_model(rope_parameters=ROPE_PARAMETERS[rope_type])
+    dca = with_dca(plain, dca_config)
+    for length in (20, 60):
+        ids = tokens(1, length)
+        expected = plain if length == 20 else slow_model(plain, dca_config)
+        assert_same(logits(dca, ids), logits(expected, ids), tolerance(plain, ids))
+
+
+def test_dynamic_frequencies_frozen_at_a_stated_length():
+    plain = tiny_model(rope_parameters=ROPE_PARAMETERS["dynamic"])
+    dca_config = DCAConfig(70, 130)
+    ids = tokens(1, 120)
+    # At 120 tokens the plain model takes the frequencies of 120 tokens, here the stated length.
+    dca = with_dca(plain, dca_config, rope_length=120)
+    expected = logits(copy.deepcopy(plain), ids)
+    assert_same(logits(dca, ids), expected, tolerance(plain, ids))
+    assert (logits(with_dca(plain, dca_config), ids) - expected).abs().max() > 100 * tolerance(plain, ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_half_precision_is_as_near_to_fp32_as_transformers_is(family, dtype):
+    """transformers rounds cosines to the dtype, dca_ext does not, so both are held against the fp32 model."""
+    plain = tiny_model(family, dtype=dtype)
+    exact = cast(copy.deepcopy(plain), torch.float32)
+    ids = tokens(2, P + 1)
+    rounding = (logits(plain, ids) - logits(exact, ids)).abs().max()
+    assert_same(logits(with_dca(plain), ids), logits(exact, ids), 2 * rounding.item())
+    ids = tokens(1, 40)
+    assert_same(logits(with_dca(plain), ids), logits(slow_model(exact), ids), 2 * rounding.item())
+
+
+def test_under_autocast():
+    """Qwen3's norms give fp32 there, beside values in bf16."""
+    plain = tiny_model("qwen3")
+    ids = tokens(1, 30)
+    exact = logits(slow_model(plain), ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounding = (logits(plain, ids[:, : P + 1]) - exact[:, : P + 1]).abs().max()
+        actual = logits(with_dca(plain), ids)
+    assert_same(actual, exact, 3 * rounding.item())
+
+
+def test_a_module_alone_is_a_drop_in():
+    """The constructor, parameter names, signature and return value of LlamaAttention."""
+    config = tiny_config()
+    torch.manual_seed(0)
+    attention = DCALlamaAttention(config, 0, SMALL).eval()
+    assert [name for name, _ in attention.named_parameters()] == [f"{p}_proj.weight" for p in "qkvo"]
+    assert not list(attention.buffers())
+    hidden = torch.randn(2, 20, 64)
+    with torch.no_grad():
+        out, weights = attention(hidden)
+        cos, sin = attention.rotary_tables.on(hidden.device)
+        q, k, v = (
+            nn.functional.linear(hidden, p.weight).view(2, 20, -1, 16)
+            for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        expected = reference.dca_attention(q, k, v, cos, sin, SMALL).flatten(-2) @ attention.o_proj.weight.T
+    assert weights is None
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_head_counts_come_from_the_projections():
+    """Under tensor parallelism a layer holds some of the heads; the sum of the parts is the whole."""
+    plain = tiny_model()
+    whole = with_dca(plain).model.layers[0].self_attn
+    hidden = torch.randn(1, 20, 64)
+    total = 0
+    for part in (0, 1):
+        half = copy.deepcopy(whole)
+        for projection in (half.q_proj, half.k_proj, half.v_proj):
+            projection.weight = nn.Parameter(projection.weight.chunk(2, dim=0)[part])
+        half.o_proj.weight = nn.Parameter(half.o_proj.weight.chunk(2, dim=1)[part])
+        with torch.no_grad():
+            total = total + half(hidden)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(total, whole(hidden)[0], rtol=1e-5, atol=1e-5)
+
+
+# --- Padding and positions -------------------------------------------------------------------------------------------
+
+
+def padded_batch(side: str):
+    """Sequences of 23, 17 and 1 tokens in one batch, its mask, and where each begins."""
+    lengths = (23, 17, 1)
+    ids, mask = torch.zeros(3, 23, dtype=torch.long), torch.zeros(3, 23, dtype=torch.long)
+    begins = []
+    for b, length in enumerate(lengths):
+        begin = 23 - length if side == "left" else 0
+        ids[b, begin : begin + length] = tokens(length, seed=b)
+        mask[b, begin : begin + length] = 1
+        begins.append(begin)
+    return ids, mask, begins, lengths
+
+
+def mask_in_form(form: str, mask: torch.Tensor):
+    """The 2-D mask as users and transformers pass it."""
+    if form == "2-D int":
+        return mask
+    if form == "2-D bool":
+        return mask.bool()
+    seqlen = mask.shape[1]
+    four = mask.bool()[:, None, None, :] & torch.ones(seqlen, seqlen, dtype=torch.bool).tril()
+    if form == "4-D bool":
+        return four
+    lowest = {"4-D float": torch.finfo(torch.float32).min, "4-D -inf": -float("inf"), "4-D -1e4": -1e4}[form]
+    return torch.where(four, 0.0, lowest)
+
+
+@pytest.mark.parametrize("implementation", ["dca", "sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("form", ["2-D int", "2-D bool", "4-D bool", "4-D float", "4-D -inf", "4-D -1e4"])
+def test_a_padded_batch_equals_single_sequences(side, form, implementation):
+    plain = tiny_model()
+    dca, slow = with_dca(plain), slow_model(plain)
+    dca.set_attn_implementation(implementation)
+    ids, mask, begins, lengths = padded_batch(side)
+    actual = logits(dca, ids, attention_mask=mask_in_form(form, mask))
+    for b, (begin, length) in enumerate(zip(begins, lengths, strict=True)):
+        sequence = ids[b : b + 1, begin : begin + length]
+        assert_same(actual[b : b + 1, begin : begin + length], logits(slow, sequence), tolerance(plain, ids[:1]))
+
+
+@pytest.mark.parametrize("fill", [0, 1])
+def test_positions_in_trailing_padding_do_not_matter(fill):
+    plain = tiny_model()
+    dca, slow = with_dca(plain), slow_model(plain)
+    ids, mask, _, lengths = padded_batch("right")
+    position_ids = (mask.cumsum(1) - 1).masked_fill(mask == 0, fill)
+    actual = logits(dca, ids, attention_mask=mask, position_ids=position_ids)
+    for b, length in enumerate(lengths):
+        assert_same(actual[b : b + 1, :length], logits(slow, ids[b : b + 1, :length]), tolerance(plain, ids[:1]))
+
+
+@pytest.mark.parametrize("fill", [0, 1])
+@pytest.mark.parametrize("cached", [False, True])
+def test_without_a_mask_padding_follows_from_position_ids(fill, cached):
+    plain = tiny_model()
+    dca, slow = with_dca(plain), slow_model(plain)
+    ids, mask, begins, lengths = padded_batch("left")
+    position_ids = (mask.cumsum(1) - 1).masked_fill(mask == 0, fill)
+    if cached:
+        cache = DynamicCache()
+        parts = [
+            logits(dca, ids[:, part], position_ids=position_ids[:, part], past_key_values=cache)
+            for part in (slice(0, 9), slice(9, 22), slice(22, 23))
+        ]
+        actual = torch.cat(parts, dim=1)
+        # What a part cannot know: that a row without any token so far is padding.
+        begins = [max(begin, 9) if begin == 6 else begin for begin in begins]
+    else:
+        actual = logits(dca, ids, position_ids=position_ids)
+    for b, length in enumerate(lengths):
+        expected = logits(slow, ids[b : b + 1, 23 - length :])
+        n = 23 - begins[b]
+        assert_same(actual[b : b + 1, -n:], expected[:, -n:], tolerance(plain, ids[:1]))
+
+
+def test_a_mask_goes_before_position_ids():
+    """model(ids, attention_mask=mask) without position_ids: transformers counts slots, padding included."""
+    plain = tiny_model()
+    dca, slow = with_dca(plain), slow_model(plain)
+    ids, mask, begins, _ = padded_batch("left")
+    actual = logits(dca, ids, attention_mask=mask, position_ids=torch.arange(23)[None])
+    assert_same(actual[1:2, begins[1] :], logits(slow, ids[1:2, begins[1] :]), tolerance(plain, ids[:1]))
+
+
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("with_positions", [False, True])
+def test_positions_in_a_cache(cache_class, with_positions):
+    """With position_ids and, from the cache's length, without them; parts of 1 to 13 tokens across chunk borders."""
+    plain = tiny_model()
+    dca = with_dca(plain)
+    ids = tokens(2, 32)
+    cache = DynamicCache() if cache_class is DynamicCache else StaticCache(config=dca.config, max_cache_len=40)
+    parts, begin = [], 0
+    for length in (5, 1, 1, 13, 6, 1, 5):
+        kwargs = {"position_ids": torch.arange(begin, begin + length)[None].expand(2, -1)} if with_positions else {}
+        parts.append(logits(dca, ids[:, begin : begin + length], past_key_values=cache, **kwargs))
+        begin += length
+    assert_same(torch.cat(parts, dim=1), logits(slow_model(plain), ids), tolerance(plain, ids))
+
+
+def test_the_cache_holds_keys_rotated_once():
+    plain = tiny_model()
+    dca = with_dca(plain)
+    ids = tokens(1, 20)
+    cache = DynamicCache()
+    logits(dca, ids, past_key_values=cache)
+    attention = dca.model.layers[0].self_attn
+    with torch.no_grad():
+        hidden = dca.model.layers[0].input_layernorm(dca.model.embed_tokens(ids))
+        k = attention.k_proj(hidden).view(20, 2, 16).double()
+    positions = torch.arange(20) % SMALL.chunk_len
+    expected = reference.rope(k, positions, *attention.rotary_tables.on(k.device)).transpose(0, 1)
+    torch.testing.assert_close(cache.layers[0].keys[0], expected.float(), rtol=1e-5, atol=1e-6)
+
+
+# --- Packed sequences ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_packed_sequences_equal_single_ones(use_cache):
+    plain = tiny_model()
+    dca, slow = with_dca(plain), slow_model(plain)
+    lengths = (13, 1, 21)
+    ids = tokens(1, sum(lengths))
+    borders = torch.tensor([0, 13, 14, 35], dtype=torch.int32)
+    actual = logits(
+        dca,
+        ids,
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        cu_seq_lens_q=borders,
+        cu_seq_lens_k=borders,
+        max_length_q=21,
+        max_length_k=21,
+        use_cache=use_cache,
+    )
+    for begin, end in ((0, 13), (13, 14), (14, 35)):
+        assert_same(actual[:, begin:end], logits(slow, ids[:, begin:end]), tolerance(plain, ids))
+
+
+def test_packed_sequences_without_max_length():
+    plain = tiny_model()
+    dca = with_dca(plain)
+    ids = tokens(1, 20)
+    borders = torch.tensor([0, 8, 20], dtype=torch.int32)
+    positions = torch.cat([torch.arange(8), torch.arange(12)])[None]
+    actual = logits(dca, ids, position_ids=positions, cu_seq_lens_q=borders)
+    assert_same(actual[:, 8:], logits(slow_model(plain), ids[:, 8:]), tolerance(plain, ids))
+
+
+def test_packed_sequences_are_not_continued():
+    dca = with_dca(tiny_model())
+    cache = DynamicCache()
+    logits(dca, tokens(1, 4), past_key_values=cache)
+    borders = torch.tensor([0, 3, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seq_lens_q must come without cached tokens"):
+        logits(dca, tokens(1, 5), past_key_values=cache, cu_seq_lens_q=borders)
+    with pytest.raises(ValueError, match="cu_seq_lens_q needs a batch of one packed row; got 2 rows"):
+        logits(dca, tokens(2, 5), cu_seq_lens_q=borders, use_cache=False)
+
+
+@pytest.mark.parametrize("positions", [[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 2, 3, 4, 5]])
+@pytest.mark.parametrize("implementation", ["dca", "sdpa", "eager"])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_positions_that_restart_are_refused(positions, use_cache, implementation):
+    dca = with_dca(tiny_model())
+    dca.set_attn_implementation(implementation)
+    with pytest.raises(ValueError, match=r"position_ids must count up .*pass cu_seq_lens_q"):
+        logits(dca, tokens(1, 7), position_ids=torch.tensor([positions]), use_cache=use_cache)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_restart_at_the_last_token_is_refused(use_cache):
+    dca = with_dca(tiny_model())
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 0]])
+    with pytest.raises(ValueError, match=r"position_ids must count up .*pass cu_seq_lens_q"):
+        logits(dca, tokens(1, 7), position_ids=positions, use_cache=use_cache)
+
+
+# --- Refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["dca", "sdpa", "eager"])
+def test_masks_with_holes_are_refused(implementation):
+    dca = with_dca(tiny_model())
+    dca.set_attn_implementation(implementation)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, 4] = 0
+    cache = DynamicCache()
+    with pytest.raises(ValueError, match=r"attention_mask must be zero only before .* row 1 has a hole"):
+        logits(dca, tokens(2, 12), attention_mask=mask, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(2, 1, 12), "attention_mask must be 2-D or 4-D with 2 rows, or one"),
+        (torch.ones(3, 12), "attention_mask must be 2-D or 4-D with 2 rows, or one; got shape"),
+        (torch.ones(2, 5), "attention_mask must cover the 0 cached tokens and the 12 new ones; got 5 columns"),
+        (torch.full((2, 1, 12, 12), -0.5), "attention_mask must hold 0 or values of at most -10000"),
+        (torch.ones(2, 1, 12, 12, dtype=torch.long), "4-D attention_mask must be bool or floating point"),
+        ("causal", "attention_mask must be None or a 2-D or 4-D tensor; got str"),
+    ],
+)
+def test_masks_of_other_forms_are_refused(mask, message):
+    attention = with_dca(tiny_model()).model.layers[0].self_attn
+    with pytest.raises(ValueError, match=message):
+        attention(torch.zeros(2, 12, 64), attention_mask=mask)
+
+
+def test_positions_beyond_the_last_slot_are_refused():
+    dca = with_dca(tiny_model())
+    with pytest.raises(ValueError, match="position_ids must end at or below the last slot, 4; got 9"):
+        logits(dca, tokens(1, 5), position_ids=torch.arange(5, 10)[None])
+    with pytest.raises(ValueError, match="position_ids must be 2-D with 1 rows, or one"):
+        dca.model.layers[0].self_attn(torch.zeros(1, 5, 64), position_ids=torch.arange(5))
+
+
+def test_dropout_is_refused_in_training_only():
+    dca = with_dca(tiny_model(attention_dropout=0.1))
+    logits(dca, tokens(1, 5))
+    with pytest.raises(ValueError, match=r"attention_dropout must be 0 in training with DCA; got 0\.1"):
+        logits(dca.train(), tokens(1, 5))
+
+
+def test_bidirectional_attention_is_refused():
+    with pytest.raises(ValueError, match="is_causal must be True"):
+        logits(with_dca(tiny_model()), tokens(1, 5), is_causal=False)
+
+
+def test_output_attentions_warns_once_and_gives_none():
+    dca = with_dca(tiny_model())
+    with pytest.warns(UserWarning, match="output_attentions: DCA layers have no attention weights") as record:
+        outputs = dca(tokens(1, 5), output_attentions=True)
+    assert len(record) == 1
+    assert not any(isinstance(a, torch.Tensor) for a in outputs.attentions or ())
+
+
+def test_hidden_states_are_still_recorded():
+    outputs = with_dca(tiny_model())(tokens(1, 5), output_hidden_states=True)
+    assert len(outputs.hidden_states) == 3
