@@ -10,7 +10,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <memory>
-#include <new>
 #include <vector>
 
 #include "backends.h"
@@ -115,7 +114,8 @@ struct FreeDeleter {
 using Buffer = std::unique_ptr<float, FreeDeleter>;
 
 Buffer allocate_floats(int64_t count) {
-  const int64_t bytes = round_up<int64_t>(std::max<int64_t>(count, 1) * static_cast<int64_t>(sizeof(float)), kAlignment);
+  const int64_t bytes =
+      round_up<int64_t>(std::max<int64_t>(count, 1) * static_cast<int64_t>(sizeof(float)), kAlignment);
   return Buffer(static_cast<float*>(std::aligned_alloc(kAlignment, static_cast<size_t>(bytes))));
 }
 
@@ -127,8 +127,9 @@ struct Workspace {
   static int64_t count(const AttentionParams& p, int32_t num_splits) {
     return num_splits <= 1 ? 0 : num_splits * total_rows(p) * p.num_heads * (static_cast<int64_t>(p.head_dim) + 1);
   }
-  Workspace(const AttentionParams& p, int32_t num_splits, float* memory)
-      : outs(memory), lses(memory + num_splits * total_rows(p) * p.num_heads * static_cast<int64_t>(p.head_dim)) {}
+  Workspace(const AttentionParams& p, int32_t num_splits, float* memory) : outs(memory) {
+    if (num_splits > 1) lses = memory + num_splits * total_rows(p) * p.num_heads * static_cast<int64_t>(p.head_dim);
+  }
 };
 
 // What one worker needs, in fp32. `dim` is head_dim rounded up to whole vectors.
@@ -282,9 +283,8 @@ class Tile {
 
   void pack_keys(int32_t begin, int32_t n) {
     if (keys_.contiguous()) {
-      keys_.for_each_run(begin, n, [&](HeadRows run, int32_t, int32_t count) {
-        mk_.pack_keys(run, count, p_.head_dim, w_.panels);
-      });
+      keys_.for_each_run(
+          begin, n, [&](HeadRows run, int32_t, int32_t count) { mk_.pack_keys(run, count, p_.head_dim, w_.panels); });
     } else {  // pages may end inside a panel: gather first, where the values will come afterwards
       load_block(keys_, begin, n, w_.values);
       mk_.pack_keys({w_.values, dim_, DType::Float32}, n, p_.head_dim, w_.panels);
@@ -381,18 +381,20 @@ void clear_rows_without_position(const AttentionParams& p, const Output& output)
 void combine_splits(const AttentionParams& p, const MicroKernels& mk, int32_t num_splits, const Workspace& workspace,
                     const Output& output) {
   const int64_t split_rows = total_rows(p) * p.num_heads;
+  const Threading& threading = threading_of(p.exec);
+  std::vector<float> sums(static_cast<size_t>(threading.num_threads) * static_cast<size_t>(p.head_dim));
   for (int32_t b = 0; b < p.batch; ++b) {
     const SeqlenInfo info = SeqlenInfo::of(p, b);
     const int32_t rows = info.seqlen_q - info.first_row;
-    parallel_tasks(threading_of(p.exec), rows, [&](int64_t index, int32_t) {
+    parallel_tasks(threading, rows, [&](int64_t index, int32_t worker) {
       const int32_t r = info.first_row + static_cast<int32_t>(index);
-      std::vector<float> sum(static_cast<size_t>(p.head_dim));
+      float* const sum = sums.data() + static_cast<int64_t>(worker) * p.head_dim;
       for (int32_t head = 0; head < p.num_heads; ++head) {
         const int64_t row = accum_row(p, info, b, r, head);
         const float lse = combine_row(
             num_splits, p.head_dim, [&](int32_t split) { return workspace.lses[split * split_rows + row]; },
-            [&](int32_t split) { return workspace.outs + (split * split_rows + row) * p.head_dim; }, sum.data());
-        mk.store_row(sum.data(), p.dtype, p.head_dim, output.row(info, b, r, head));
+            [&](int32_t split) { return workspace.outs + (split * split_rows + row) * p.head_dim; }, sum);
+        mk.store_row(sum, p.dtype, p.head_dim, output.row(info, b, r, head));
         output.store_lse(info, b, r, head, lse);
       }
     });
@@ -401,7 +403,7 @@ void combine_splits(const AttentionParams& p, const MicroKernels& mk, int32_t nu
 
 }  // namespace
 
-Status attention(const AttentionParams& p) try {
+Status attention(const AttentionParams& p) {
   const MicroKernels& mk = *micro_kernels();
   const Plan plan = make_plan(p);
   const Output output(p);
@@ -424,26 +426,27 @@ Status attention(const AttentionParams& p) try {
 
   clear_rows_without_position(p, output);
   const int64_t split_rows = total_rows(p) * p.num_heads;
-  parallel_tasks(threading, static_cast<int64_t>(plan.tasks.size()), [&](int64_t index, int32_t worker) {
-    const Task& task = plan.tasks[static_cast<size_t>(index)];
-    const SeqlenInfo info = SeqlenInfo::of(p, task.b);
-    Tile tile(p, mk, plan.shape, task, Scratch(p, plan.shape, dim, scratch.get() + worker * scratch_count));
-    tile.run();
-    tile.for_each_result([&](int32_t r, int32_t head, const float* o, float lse) {
-      if (plan.num_splits == 1) {
-        mk.store_row(o, p.dtype, p.head_dim, output.row(info, task.b, r, head));
-        output.store_lse(info, task.b, r, head, lse);
-      } else {
-        const int64_t row = task.split * split_rows + accum_row(p, info, task.b, r, head);
-        std::copy_n(o, p.head_dim, workspace.outs + row * p.head_dim);
-        workspace.lses[row] = lse;
-      }
-    });
-  }, plan.max_workers(p));
+  parallel_tasks(
+      threading, static_cast<int64_t>(plan.tasks.size()),
+      [&](int64_t index, int32_t worker) {
+        const Task& task = plan.tasks[static_cast<size_t>(index)];
+        const SeqlenInfo info = SeqlenInfo::of(p, task.b);
+        Tile tile(p, mk, plan.shape, task, Scratch(p, plan.shape, dim, scratch.get() + worker * scratch_count));
+        tile.run();
+        tile.for_each_result([&](int32_t r, int32_t head, const float* o, float lse) {
+          if (plan.num_splits == 1) {
+            mk.store_row(o, p.dtype, p.head_dim, output.row(info, task.b, r, head));
+            output.store_lse(info, task.b, r, head, lse);
+          } else {
+            const int64_t row = task.split * split_rows + accum_row(p, info, task.b, r, head);
+            std::copy_n(o, p.head_dim, workspace.outs + row * p.head_dim);
+            workspace.lses[row] = lse;
+          }
+        });
+      },
+      plan.max_workers(p));
   if (plan.num_splits > 1) combine_splits(p, mk, plan.num_splits, workspace, output);
   return {};
-} catch (const std::bad_alloc&) {
-  return {StatusCode::OutOfMemory, "attention: not enough memory for the CPU kernel's schedule"};
 }
 
 size_t attention_workspace_bytes(const AttentionParams& p) {

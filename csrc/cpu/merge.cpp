@@ -1,5 +1,4 @@
 // merge_attention_states on the CPU, parallel over rows.
-#include <new>
 #include <vector>
 
 #include "backends.h"
@@ -9,7 +8,7 @@
 
 namespace dca::cpu {
 
-Status merge_attention_states(const MergeParams& p) try {
+Status merge_attention_states(const MergeParams& p) {
   const MicroKernels& mk = *micro_kernels();
   const Threading& threading = threading_of(p.exec);
   const int64_t row_bytes = static_cast<int64_t>(p.head_dim) * static_cast<int64_t>(element_size(p.dtype));
@@ -36,8 +35,6 @@ Status merge_attention_states(const MergeParams& p) try {
     }
   });
   return {};
-} catch (const std::bad_alloc&) {
-  return {StatusCode::OutOfMemory, "merge_attention_states: not enough memory for the CPU kernel's scratch buffers"};
 }
 
 }  // namespace dca::cpu

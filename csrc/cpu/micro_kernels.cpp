@@ -15,11 +15,11 @@ struct Candidate {
 const MicroKernels* choose() {
   const Candidate candidates[] = {
 #if defined(DCA_CPU_HAS_X86)
-      {&kMicroKernelsAvx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-      {&kMicroKernelsAvx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+    {&kMicroKernelsAvx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+    {&kMicroKernelsAvx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
-      {&kMicroKernelsPortable, true},
+    {&kMicroKernelsPortable, true},
   };
   const char* forced = std::getenv("DCA_CPU_ISA");
   for (const Candidate& candidate : candidates) {

@@ -45,8 +45,7 @@ struct MicroKernels {
                     int64_t lds);
 
   /// s (m, n) = q (m, dim) * keys (n, dim)^T, keys read where they are. dim is a multiple of lanes.
-  void (*qk_rows)(const float* q, int64_t ldq, int32_t m, HeadRows keys, int32_t n, int32_t dim, float* s,
-                  int64_t lds);
+  void (*qk_rows)(const float* q, int64_t ldq, int32_t m, HeadRows keys, int32_t n, int32_t dim, float* s, int64_t lds);
 
   /// o (m, dim) += p (m, n) * values (n, dim). dim is a multiple of lanes.
   void (*pv)(const float* p, int64_t ldp, int32_t m, HeadRows values, int32_t n, int32_t dim, float* o, int64_t ldo);

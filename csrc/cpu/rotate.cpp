@@ -1,6 +1,5 @@
 // Key rotation, and rotation with the write into a cache: one memory-bound pass, parallel over rows.
 #include <algorithm>
-#include <new>
 #include <vector>
 
 #include "backends.h"
@@ -67,7 +66,7 @@ void for_each_new_row(const Params& p, Visit&& visit) {
 
 }  // namespace
 
-Status rotate_keys(const RotateKeysParams& p) try {
+Status rotate_keys(const RotateKeysParams& p) {
   const MicroKernels& mk = *micro_kernels();
   const NewRows<RotateKeysParams> rows{p};
   const ConstTensorRef out{p.out.data, p.out.stride};
@@ -77,11 +76,9 @@ Status rotate_keys(const RotateKeysParams& p) try {
     }
   });
   return {};
-} catch (const std::bad_alloc&) {
-  return {StatusCode::OutOfMemory, "rotate_keys: not enough memory for the CPU kernel's scratch buffers"};
 }
 
-Status rotate_and_append_kv(const AppendParams& p) try {
+Status rotate_and_append_kv(const AppendParams& p) {
   const MicroKernels& mk = *micro_kernels();
   const NewRows<AppendParams> rows{p};
   const size_t row_bytes = static_cast<size_t>(p.head_dim) * element_size(p.dtype);
@@ -102,8 +99,6 @@ Status rotate_and_append_kv(const AppendParams& p) try {
     }
   });
   return {};
-} catch (const std::bad_alloc&) {
-  return {StatusCode::OutOfMemory, "rotate_and_append_kv: not enough memory for the CPU kernel's scratch buffers"};
 }
 
 }  // namespace dca::cpu

@@ -1,4 +1,8 @@
 // The public calls: check, return at once if there is nothing to do, and hand over to the backend of the device.
+#include <exception>
+#include <new>
+#include <string>
+
 #include "backends.h"
 #include "checks.h"
 #include "dca/dca.h"
@@ -14,21 +18,35 @@ Status no_cuda() {
 Status check_backend(const Execution& exec) {
   if (exec.device == Device::Cuda) return no_cuda();
   if (cpu::isa() == nullptr) {
-    return {StatusCode::Unavailable, std::string("DCA_CPU_ISA must name an instruction set that this machine runs, out of ") +
-                                         cpu::compiled_instruction_sets()};
+    return {StatusCode::Unavailable, std::string("DCA_CPU_ISA must name one of the compiled instruction sets (") +
+                                         cpu::compiled_instruction_sets() + ") that this machine runs"};
   }
   return {};
 }
 
-// Checks, and says through *run whether there is work for a backend.
+// Checks, and says through *has_work whether there is any for a backend.
 template <class Params>
-Status prepare(const Params& params, bool empty, bool* run) {
-  *run = false;
+Status prepare(const Params& params, bool empty, bool* has_work) {
+  *has_work = false;
   if (Status status = check(params); !status.ok()) return status;
   if (empty) return {};
   if (Status status = check_backend(params.exec); !status.ok()) return status;
-  *run = true;
+  *has_work = true;
   return {};
+}
+
+// Runs a checked call. Nothing that the host side throws leaves the library.
+template <class Params, class Backend>
+Status run(const char* name, const Params& params, bool empty, Backend&& backend) try {
+  bool has_work = false;
+  if (Status status = prepare(params, empty, &has_work); !has_work) return status;
+  if (Status status = check_pointers(params); !status.ok()) return status;
+  return backend(params);
+} catch (const std::bad_alloc&) {
+  return {StatusCode::OutOfMemory,
+          std::string(name) + ": not enough memory for the kernel's schedule and scratch buffers"};
+} catch (const std::exception& error) {
+  return {StatusCode::Internal, std::string(name) + ": " + error.what()};
 }
 
 bool is_empty(const AttentionParams& p) {
@@ -42,17 +60,12 @@ bool has_no_new_rows(const Params& p) {
 
 }  // namespace
 
-Status attention(const AttentionParams& params) {
-  bool run = false;
-  Status status = prepare(params, is_empty(params), &run);
-  if (run) status = check_pointers(params);
-  return run && status.ok() ? cpu::attention(params) : status;
-}
+Status attention(const AttentionParams& params) { return run("attention", params, is_empty(params), cpu::attention); }
 
 Status attention_workspace_bytes(const AttentionParams& params, size_t* bytes) {
-  bool run = false;
-  Status status = prepare(params, is_empty(params), &run);
-  *bytes = run ? cpu::attention_workspace_bytes(params) : 0;
+  bool has_work = false;
+  Status status = prepare(params, is_empty(params), &has_work);
+  *bytes = has_work ? cpu::attention_workspace_bytes(params) : 0;
   return status;
 }
 
@@ -62,31 +75,22 @@ Status describe_attention(const AttentionParams& params, std::string* kernel) {
   AttentionParams shapes = params;
   shapes.cu_seqlens_q = shapes.cu_seqlens_k = shapes.cache_seqlens = shapes.cache_leftpad = nullptr;
   shapes.pages = {};
-  bool run = false;
-  Status status = prepare(shapes, is_empty(shapes), &run);
-  if (run) *kernel = cpu::describe_attention(shapes);
+  bool has_work = false;
+  Status status = prepare(shapes, is_empty(shapes), &has_work);
+  if (has_work) *kernel = cpu::describe_attention(shapes);
   return status;
 }
 
 Status rotate_keys(const RotateKeysParams& params) {
-  bool run = false;
-  Status status = prepare(params, has_no_new_rows(params), &run);
-  if (run) status = check_pointers(params);
-  return run && status.ok() ? cpu::rotate_keys(params) : status;
+  return run("rotate_keys", params, has_no_new_rows(params), cpu::rotate_keys);
 }
 
 Status rotate_and_append_kv(const AppendParams& params) {
-  bool run = false;
-  Status status = prepare(params, has_no_new_rows(params), &run);
-  if (run) status = check_pointers(params);
-  return run && status.ok() ? cpu::rotate_and_append_kv(params) : status;
+  return run("rotate_and_append_kv", params, has_no_new_rows(params), cpu::rotate_and_append_kv);
 }
 
 Status merge_attention_states(const MergeParams& params) {
-  bool run = false;
-  Status status = prepare(params, params.batch == 0 || params.seqlen == 0, &run);
-  if (run) status = check_pointers(params);
-  return run && status.ok() ? cpu::merge_attention_states(params) : status;
+  return run("merge_attention_states", params, params.batch == 0 || params.seqlen == 0, cpu::merge_attention_states);
 }
 
 BuildInfo build_info() {

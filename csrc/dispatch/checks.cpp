@@ -28,23 +28,27 @@ Status refuse(const Parts&... parts) {
 
 Status check_heads(int32_t num_heads, int32_t num_heads_kv, int32_t head_dim) {
   DCA_REFUSE_IF(num_heads_kv < 1, "num_heads_kv must be at least 1; got ", num_heads_kv);
-  DCA_REFUSE_IF(num_heads < 1 || num_heads % num_heads_kv != 0, "num_heads must be a positive multiple of num_heads_kv (",
-                num_heads_kv, "); got ", num_heads);
+  DCA_REFUSE_IF(num_heads < 1 || num_heads % num_heads_kv != 0,
+                "num_heads must be a positive multiple of num_heads_kv (", num_heads_kv, "); got ", num_heads);
   DCA_REFUSE_IF(head_dim < 1 || head_dim > 1024, "head_dim must be between 1 and 1024; got ", head_dim);
   return {};
 }
 
 Status check_chunk(ChunkGeometry chunk) {
-  DCA_REFUSE_IF(!chunk.valid(), "chunk_len and max_position must satisfy 1 <= chunk_len <= max_position <= 2 * chunk_len "
-                "- 1; got chunk_len=", chunk.chunk_len, ", max_position=", chunk.max_position);
+  DCA_REFUSE_IF(!chunk.valid(),
+                "chunk_len and max_position must satisfy 1 <= chunk_len <= max_position <= 2 * chunk_len "
+                "- 1; got chunk_len=",
+                chunk.chunk_len, ", max_position=", chunk.max_position);
   return {};
 }
 
 Status check_rotary(const RotaryTables& rotary, ChunkGeometry chunk, int32_t head_dim) {
   DCA_REFUSE_IF(rotary.half_dim != 0 && (rotary.cos == nullptr || rotary.sin == nullptr),
                 "rotary_cos and rotary_sin must not be null");
-  DCA_REFUSE_IF(rotary.num_positions <= chunk.max_position, "rotary_cos and rotary_sin must have at least max_position + 1 "
-                "= ", static_cast<int64_t>(chunk.max_position) + 1, " rows; got ", rotary.num_positions);
+  DCA_REFUSE_IF(rotary.num_positions <= chunk.max_position,
+                "rotary_cos and rotary_sin must have at least max_position + 1 "
+                "= ",
+                static_cast<int64_t>(chunk.max_position) + 1, " rows; got ", rotary.num_positions);
   DCA_REFUSE_IF(rotary.half_dim < 0 || 2 * static_cast<int64_t>(rotary.half_dim) > head_dim,
                 "rotary_dim = 2 * the width of rotary_cos must be at most head_dim (", head_dim, "); got ",
                 2 * static_cast<int64_t>(rotary.half_dim));
@@ -60,10 +64,11 @@ Status check_dtype(DType dtype) {
 Status check_pages(const PageTable& pages, Device device, int64_t slots) {
   if (pages.page_table == nullptr) return {};
   DCA_REFUSE_IF(pages.page_size < 1, "page_size must be at least 1; got ", pages.page_size);
-  DCA_REFUSE_IF(device == Device::Cuda && pages.page_size % 16 != 0,
-                "page_size must be a multiple of 16 on CUDA; got ", pages.page_size);
-  DCA_REFUSE_IF(pages.max_pages < 0 || pages.num_pages < 0, "max_pages and num_pages must not be negative; got max_pages=",
-                pages.max_pages, ", num_pages=", pages.num_pages);
+  DCA_REFUSE_IF(device == Device::Cuda && pages.page_size % 16 != 0, "page_size must be a multiple of 16 on CUDA; got ",
+                pages.page_size);
+  DCA_REFUSE_IF(pages.max_pages < 0 || pages.num_pages < 0,
+                "max_pages and num_pages must not be negative; got max_pages=", pages.max_pages,
+                ", num_pages=", pages.num_pages);
   DCA_REFUSE_IF(static_cast<int64_t>(pages.max_pages) * pages.page_size != slots,
                 "a paged cache must have max_pages * page_size slots per sequence (",
                 static_cast<int64_t>(pages.max_pages) * pages.page_size, "); got ", slots);
@@ -75,8 +80,17 @@ Status check_not_null(const char* name, const void* pointer) {
   return {};
 }
 
+Status check_threading(const Threading* threading) {
+  if (threading == nullptr) return {};
+  DCA_REFUSE_IF(threading->num_threads < 1, "exec.threading must have num_threads of at least 1; got ",
+                threading->num_threads);
+  DCA_REFUSE_IF(threading->run == nullptr, "exec.threading must have a function run; it was null");
+  return {};
+}
+
 template <class Params>
 Status check_common(const Params& p) {
+  DCA_RETURN_IF_REFUSED(check_threading(p.exec.threading));
   DCA_RETURN_IF_REFUSED(check_dtype(p.dtype));
   DCA_RETURN_IF_REFUSED(check_chunk(p.chunk));
   DCA_RETURN_IF_REFUSED(check_rotary(p.rotary, p.chunk, p.head_dim));
@@ -93,8 +107,10 @@ Status check_cu_seqlens(const char* name, const int32_t* cu_seqlens, int32_t bat
     const int64_t length = static_cast<int64_t>(cu_seqlens[b + 1]) - cu_seqlens[b];
     DCA_REFUSE_IF(length < 0, name, " must not decrease; entry ", b + 1, " is ", cu_seqlens[b + 1], " after ",
                   cu_seqlens[b]);
-    DCA_REFUSE_IF(length > max_seqlen, "the maximal sequence length of ", name, " must be at least that of every sequence; "
-                  "got ", max_seqlen, ", and sequence ", b, " has ", length, " rows");
+    DCA_REFUSE_IF(length > max_seqlen, "the maximal sequence length of ", name,
+                  " must be at least that of every sequence; "
+                  "got ",
+                  max_seqlen, ", and sequence ", b, " has ", length, " rows");
   }
   DCA_REFUSE_IF(cu_seqlens[batch] != total, name, " must end at the number of rows (", total, "); got ",
                 cu_seqlens[batch]);
@@ -105,12 +121,12 @@ Status check_cu_seqlens(const char* name, const int32_t* cu_seqlens, int32_t bat
 template <class Params>
 Status check_slots(const Params& p, int32_t b, int64_t before, int64_t used, int64_t capacity) {
   DCA_REFUSE_IF(before < 0, "cache_seqlens must not be negative; got ", before, " for sequence ", b);
-  DCA_REFUSE_IF(used > capacity, "cache_seqlens must fit in the cache: sequence ", b, " needs ", used, " slots, and it has ",
-                capacity);
+  DCA_REFUSE_IF(used > capacity, "cache_seqlens must fit in the cache: sequence ", b, " needs ", used,
+                " slots, and it has ", capacity);
   if (p.cache_leftpad != nullptr) {
     const int32_t leftpad = p.cache_leftpad[b];
-    DCA_REFUSE_IF(leftpad < 0 || leftpad > used, "cache_leftpad must be between 0 and the slots in use (", used, "); got ",
-                  leftpad, " for sequence ", b);
+    DCA_REFUSE_IF(leftpad < 0 || leftpad > used, "cache_leftpad must be between 0 and the slots in use (", used,
+                  "); got ", leftpad, " for sequence ", b);
   }
   return {};
 }
@@ -119,8 +135,10 @@ Status check_page_ids(const PageTable& pages, int32_t b, int64_t first_slot, int
   if (pages.page_table == nullptr || end_slot <= first_slot) return {};
   const int32_t* row = pages.page_table + b * pages.stride_batch;
   for (int64_t i = first_slot / pages.page_size; i <= (end_slot - 1) / pages.page_size; ++i) {
-    DCA_REFUSE_IF(row[i] < 0 || row[i] >= pages.num_pages, "page_table entries in use must be between 0 and num_pages - 1 "
-                  "(", pages.num_pages - 1, "); got ", row[i], " at sequence ", b, ", page ", i);
+    DCA_REFUSE_IF(row[i] < 0 || row[i] >= pages.num_pages,
+                  "page_table entries in use must be between 0 and num_pages - 1 "
+                  "(",
+                  pages.num_pages - 1, "); got ", row[i], " at sequence ", b, ", page ", i);
   }
   return {};
 }
@@ -175,11 +193,12 @@ Status check(const AttentionParams& p) {
   DCA_RETURN_IF_REFUSED(check_heads(p.num_heads, p.num_heads_kv, p.head_dim));
   DCA_RETURN_IF_REFUSED(check_common(p));
   DCA_RETURN_IF_REFUSED(check_pages(p.pages, p.exec.device, p.seqlen_k));
-  DCA_REFUSE_IF(p.seqlen_q < 0 || p.seqlen_k < 0, "seqlen_q and seqlen_k must not be negative; got seqlen_q=", p.seqlen_q,
-                ", seqlen_k=", p.seqlen_k);
+  DCA_REFUSE_IF(p.seqlen_q < 0 || p.seqlen_k < 0,
+                "seqlen_q and seqlen_k must not be negative; got seqlen_q=", p.seqlen_q, ", seqlen_k=", p.seqlen_k);
   DCA_REFUSE_IF(p.cu_seqlens_k != nullptr && p.pages.page_table != nullptr,
                 "cu_seqlens_k and page_table exclude each other; got both");
-  DCA_REFUSE_IF(p.num_splits < 0 || p.num_splits > 256, "num_splits must be between 0 (choose) and 256; got ", p.num_splits);
+  DCA_REFUSE_IF(p.num_splits < 0 || p.num_splits > 256, "num_splits must be between 0 (choose) and 256; got ",
+                p.num_splits);
   DCA_REFUSE_IF(p.original_max_position_embeddings < 0, "original_max_position_embeddings must not be negative; got ",
                 p.original_max_position_embeddings);
   if (p.exec.device == Device::Cpu) return check_values(p);
@@ -197,20 +216,22 @@ Status check(const RotateKeysParams& p) {
 Status check(const AppendParams& p) {
   DCA_RETURN_IF_REFUSED(check_heads(p.num_heads_kv, p.num_heads_kv, p.head_dim));
   DCA_RETURN_IF_REFUSED(check_common(p));
-  DCA_REFUSE_IF(p.seqlen_k < 0 || p.cache_slots < 0, "seqlen_k and cache_slots must not be negative; got seqlen_k=",
-                p.seqlen_k, ", cache_slots=", p.cache_slots);
+  DCA_REFUSE_IF(p.seqlen_k < 0 || p.cache_slots < 0,
+                "seqlen_k and cache_slots must not be negative; got seqlen_k=", p.seqlen_k,
+                ", cache_slots=", p.cache_slots);
   DCA_RETURN_IF_REFUSED(check_pages(p.pages, p.exec.device, p.cache_slots));
   if (p.exec.device == Device::Cpu) return check_values(p);
   return {};
 }
 
 Status check(const MergeParams& p) {
+  DCA_RETURN_IF_REFUSED(check_threading(p.exec.threading));
   DCA_RETURN_IF_REFUSED(check_dtype(p.dtype));
   DCA_REFUSE_IF(p.num_parts < 1, "outs and lses must have at least one part; got ", p.num_parts);
-  DCA_REFUSE_IF(p.num_heads < 1 || p.head_dim < 1, "num_heads and head_dim must be at least 1; got num_heads=", p.num_heads,
-                ", head_dim=", p.head_dim);
-  DCA_REFUSE_IF(p.batch < 0 || p.seqlen < 0, "batch and seqlen must not be negative; got batch=", p.batch, ", seqlen=",
-                p.seqlen);
+  DCA_REFUSE_IF(p.num_heads < 1 || p.head_dim < 1,
+                "num_heads and head_dim must be at least 1; got num_heads=", p.num_heads, ", head_dim=", p.head_dim);
+  DCA_REFUSE_IF(p.batch < 0 || p.seqlen < 0, "batch and seqlen must not be negative; got batch=", p.batch,
+                ", seqlen=", p.seqlen);
   return {};
 }
 
@@ -219,7 +240,9 @@ Status check(const MergeParams& p) {
 Status check_pointers(const AttentionParams& p) {
   DCA_RETURN_IF_REFUSED(check_not_null("q", p.q.data));
   DCA_RETURN_IF_REFUSED(check_not_null("out", p.out.data));
-  const int64_t keys = p.cu_seqlens_k != nullptr ? p.total_k : p.pages.page_table != nullptr ? p.pages.num_pages : p.seqlen_k;
+  const int64_t keys = p.cu_seqlens_k != nullptr       ? p.total_k
+                       : p.pages.page_table != nullptr ? p.pages.num_pages
+                                                       : p.seqlen_k;
   if (keys == 0) return {};
   DCA_RETURN_IF_REFUSED(check_not_null("k", p.k.data));
   return check_not_null("v", p.v.data);

@@ -1,5 +1,5 @@
-// What the operators refuse: everything visible in sizes, strides and numbers, and, on the CPU or on request, the values
-// of the length tensors and page tables.
+// What the operators refuse: everything visible in sizes, strides and numbers, and, on the CPU or on request, the
+// values of the length tensors and page tables.
 #pragma once
 
 #include "dca/dca.h"

@@ -16,9 +16,9 @@ struct CpuTileShape {
 /// read where they lie, as decode has to.
 inline constexpr int32_t kCpuMinPackedRows = 17;
 
-/// The tile's Q and O in fp32 (2 * rows * head_dim * 4 bytes) take at most 256 KiB, half of a small L2 cache; the packed
-/// keys and the values (2 * block_n * head_dim * 4 bytes) take a quarter at head_dim 128. 24 positions are one strip of
-/// the mainloop.
+/// The tile's Q and O in fp32 (2 * rows * head_dim * 4 bytes) take at most 256 KiB, half of a small L2 cache; the
+/// packed keys and the values (2 * block_n * head_dim * 4 bytes) take a quarter at head_dim 128. 24 positions are one
+/// strip of the mainloop.
 constexpr CpuTileShape cpu_tile_shape(int32_t group, int32_t head_dim) {
   const int32_t rows = std::max(1, 32768 / std::max(1, head_dim));
   const int32_t block_m = std::clamp(rows / std::max(1, group), 8, 120);

@@ -21,9 +21,12 @@ dca::Segment segment_of_name(const std::string& name) {
 
 const char* name_of(dca::Segment segment) {
   switch (segment) {
-    case dca::Segment::Intra: return "intra";
-    case dca::Segment::Successive: return "successive";
-    default: return "inter";
+    case dca::Segment::Intra:
+      return "intra";
+    case dca::Segment::Successive:
+      return "successive";
+    default:
+      return "inter";
   }
 }
 
@@ -37,8 +40,10 @@ dca::DType dtype_of_name(const std::string& name) {
 dca::ChunkGeometry make_geometry(int32_t chunk_len, int32_t max_position) {
   const dca::ChunkGeometry geometry{chunk_len, max_position};
   if (!geometry.valid()) {
-    throw py::value_error("chunk_len and max_position must satisfy 1 <= chunk_len <= max_position <= 2 * chunk_len - 1; got "
-                          "chunk_len=" + std::to_string(chunk_len) + ", max_position=" + std::to_string(max_position));
+    throw py::value_error(
+        "chunk_len and max_position must satisfy 1 <= chunk_len <= max_position <= 2 * chunk_len - 1; got "
+        "chunk_len=" +
+        std::to_string(chunk_len) + ", max_position=" + std::to_string(max_position));
   }
   return geometry;
 }
@@ -47,8 +52,8 @@ dca::ChunkGeometry make_geometry(int32_t chunk_len, int32_t max_position) {
 std::vector<std::tuple<std::string, int32_t, int32_t>> walk(const dca::ChunkGeometry& geometry, int32_t q_begin,
                                                             int32_t q_end) {
   if (q_begin < 0 || q_end <= q_begin || q_end > geometry.chunk_end(q_begin)) {
-    throw py::value_error("q_begin and q_end must be a non-empty range within one chunk; got " + std::to_string(q_begin) +
-                          " and " + std::to_string(q_end));
+    throw py::value_error("q_begin and q_end must be a non-empty range within one chunk; got " +
+                          std::to_string(q_begin) + " and " + std::to_string(q_end));
   }
   std::vector<std::tuple<std::string, int32_t, int32_t>> ranges;
   for (dca::SegmentIterator it(geometry, q_begin, q_end); !it.done(); it.next()) {
@@ -69,8 +74,8 @@ py::dict build_info() {
   return d;
 }
 
-std::string describe_kernel(int32_t seqlen_q, int32_t seqlen_k, int32_t num_heads, int32_t num_heads_kv, int32_t head_dim,
-                            const std::string& dtype, const std::string& device, int32_t chunk_len,
+std::string describe_kernel(int32_t seqlen_q, int32_t seqlen_k, int32_t num_heads, int32_t num_heads_kv,
+                            int32_t head_dim, const std::string& dtype, const std::string& device, int32_t chunk_len,
                             int32_t max_position) {
   static const float table = 1.0f;  // rotary tables must not be null; their values are not read
   if (device != "cpu" && device != "cuda") throw py::value_error("device must be cpu or cuda; got " + device);

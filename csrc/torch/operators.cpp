@@ -19,7 +19,8 @@ void run_on_torch_threads(int32_t num_threads, void (*worker)(int32_t, void*), v
 int64_t int_or(const OptionalTensor& t, int64_t value) { return t.has_value() ? 0 : value; }
 
 SegmentSelection segment_selection(int64_t segment) {
-  if (segment < -1 || segment >= kNumSegments) refuse("segment must be -1 (all), 0, 1 or 2; got " + std::to_string(segment));
+  if (segment < -1 || segment >= kNumSegments)
+    refuse("segment must be -1 (all), 0, 1 or 2; got " + std::to_string(segment));
   return static_cast<SegmentSelection>(segment);
 }
 
@@ -64,7 +65,8 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor rotary
     check_shape("v", v, {k.size(0), k.size(1), k.size(2)});
   }
   if (!ragged_k && !pages.has_value() && k.size(0) != batch) {
-    refuse("k (or k_cache) must have the batch size of q (" + std::to_string(batch) + "); got " + std::to_string(k.size(0)));
+    refuse("k (or k_cache) must have the batch size of q (" + std::to_string(batch) + "); got " +
+           std::to_string(k.size(0)));
   }
 
   p.chunk = chunk_geometry(chunk_len, max_position);
@@ -76,7 +78,7 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor rotary
   p.seqlen_q = to_int32("max_seqlen_q", ragged_q ? max_seqlen_q : q.size(1));
   p.total_q = ragged_q ? q.size(0) : 0;
   p.pages = page_table(pages, k, q, batch);
-  p.seqlen_k = to_int32("seqlen_k", ragged_k             ? max_seqlen_k
+  p.seqlen_k = to_int32("seqlen_k", ragged_k            ? max_seqlen_k
                                     : pages.has_value() ? static_cast<int64_t>(p.pages.max_pages) * p.pages.page_size
                                                         : k.size(1));
   p.total_k = ragged_k ? k.size(0) : 0;
@@ -92,8 +94,7 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor rotary
   p.rotary = rotary_tables(rotary_cos, rotary_sin, q, interleaved);
   p.softmax_scale = static_cast<float>(softmax_scale);
   p.temperature = float_vector("temperature", temperature, q, batch);
-  p.original_max_position_embeddings =
-      to_int32("original_max_position_embeddings", original_max_position_embeddings);
+  p.original_max_position_embeddings = to_int32("original_max_position_embeddings", original_max_position_embeddings);
   p.num_splits = to_int32("num_splits", num_splits);
 
   Tensor out = ragged_q ? torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)})
@@ -172,16 +173,16 @@ void rotate_and_append_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Te
   p.k_cache = ref(k_cache);
   p.v_cache = ref(v_cache);
   p.pages = page_table(pages, k_cache, k, p.batch);
-  p.cache_slots = to_int32("the slots of a sequence", pages.has_value()
-                                                          ? static_cast<int64_t>(p.pages.max_pages) * p.pages.page_size
-                                                          : k_cache.size(1));
+  p.cache_slots =
+      to_int32("the slots of a sequence",
+               pages.has_value() ? static_cast<int64_t>(p.pages.max_pages) * p.pages.page_size : k_cache.size(1));
   check_status(dca::rotate_and_append_kv(p));
 }
 
 std::tuple<Tensor, Tensor> merge_attention_states(std::vector<Tensor> outs, std::vector<Tensor> lses) {
   if (outs.empty() || outs.size() != lses.size()) {
-    refuse("outs and lses must have the same number of parts, at least one; got " + std::to_string(outs.size()) + " and " +
-           std::to_string(lses.size()));
+    refuse("outs and lses must have the same number of parts, at least one; got " + std::to_string(outs.size()) +
+           " and " + std::to_string(lses.size()));
   }
   const Tensor& first = outs[0];
   const bool ragged = first.dim() == 3;
@@ -237,7 +238,8 @@ STABLE_TORCH_LIBRARY(dca_ext, m) {
       "SymInt max_position, int segment, Tensor? cu_seqlens_q, SymInt max_seqlen_q, Tensor? cu_seqlens_k, "
       "SymInt max_seqlen_k, Tensor? cache_seqlens, SymInt cache_seqlen, bool lengths_before_append, "
       "Tensor? cache_leftpad, Tensor? page_table, float softmax_scale, Tensor? temperature, "
-      "SymInt original_max_position_embeddings, int num_splits, bool interleaved, bool return_lse) -> (Tensor, Tensor)");
+      "SymInt original_max_position_embeddings, int num_splits, bool interleaved, bool return_lse) -> (Tensor, "
+      "Tensor)");
   m.def(
       "rotate_keys(Tensor k, Tensor rotary_cos, Tensor rotary_sin, SymInt chunk_len, SymInt max_position, "
       "Tensor? cu_seqlens, SymInt max_seqlen, Tensor? cache_seqlens, SymInt cache_seqlen, Tensor? cache_leftpad, "
@@ -250,11 +252,11 @@ STABLE_TORCH_LIBRARY(dca_ext, m) {
 }
 
 // The same functions for both devices: the core chooses the backend, and says so where it was built without one.
-#define DCA_IMPLEMENT(key)                                                              \
-  STABLE_TORCH_LIBRARY_IMPL(dca_ext, key, m) {                                          \
-    m.impl("attention", TORCH_BOX(&dca::torch_ops::attention));                         \
-    m.impl("rotate_keys", TORCH_BOX(&dca::torch_ops::rotate_keys));                     \
-    m.impl("rotate_and_append_kv", TORCH_BOX(&dca::torch_ops::rotate_and_append_kv));   \
+#define DCA_IMPLEMENT(key)                                                                \
+  STABLE_TORCH_LIBRARY_IMPL(dca_ext, key, m) {                                            \
+    m.impl("attention", TORCH_BOX(&dca::torch_ops::attention));                           \
+    m.impl("rotate_keys", TORCH_BOX(&dca::torch_ops::rotate_keys));                       \
+    m.impl("rotate_and_append_kv", TORCH_BOX(&dca::torch_ops::rotate_and_append_kv));     \
     m.impl("merge_attention_states", TORCH_BOX(&dca::torch_ops::merge_attention_states)); \
   }
 DCA_IMPLEMENT(CPU)

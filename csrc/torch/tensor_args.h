@@ -39,16 +39,21 @@ inline std::string shape_of(const Tensor& t) {
 
 inline DType dtype_of(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::Float32;
-    case ScalarType::BFloat16: return DType::BFloat16;
-    case ScalarType::Half: return DType::Float16;
-    default: refuse(std::string(name) + " must be float32, bfloat16 or float16; got another dtype");
+    case ScalarType::Float:
+      return DType::Float32;
+    case ScalarType::BFloat16:
+      return DType::BFloat16;
+    case ScalarType::Half:
+      return DType::Float16;
+    default:
+      refuse(std::string(name) + " must be float32, bfloat16 or float16; got another dtype");
   }
 }
 
 /// Sizes and strides reach the kernels as int32 counts.
 inline int32_t to_int32(const char* name, int64_t value) {
-  if (value < INT32_MIN || value > INT32_MAX) refuse(std::string(name) + " must fit in 32 bits; got " + std::to_string(value));
+  if (value < INT32_MIN || value > INT32_MAX)
+    refuse(std::string(name) + " must fit in 32 bits; got " + std::to_string(value));
   return static_cast<int32_t>(value);
 }
 
@@ -72,12 +77,14 @@ inline void check_shape(const char* name, const Tensor& t, std::initializer_list
 /// Like `q` in dtype and device, `dims` dimensions, the last of them contiguous.
 inline void check_like(const char* name, const Tensor& t, const Tensor& q, int64_t dims) {
   check_same_device(name, t, q);
-  if (t.scalar_type() != q.scalar_type()) refuse(std::string(name) + " must have the dtype of the queries or keys; got another");
+  if (t.scalar_type() != q.scalar_type())
+    refuse(std::string(name) + " must have the dtype of the queries or keys; got another");
   if (t.dim() != dims) {
     refuse(std::string(name) + " must have " + std::to_string(dims) + " dimensions; got shape " + shape_of(t));
   }
   if (t.size(dims - 1) > 1 && t.stride(dims - 1) != 1) {
-    refuse(std::string(name) + " must be contiguous in its last dimension; got stride " + std::to_string(t.stride(dims - 1)));
+    refuse(std::string(name) + " must be contiguous in its last dimension; got stride " +
+           std::to_string(t.stride(dims - 1)));
   }
 }
 

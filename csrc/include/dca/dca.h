@@ -57,10 +57,10 @@ Status merge_attention_states(const MergeParams& params);
 
 /// What this library was built with and what it found on this machine.
 struct BuildInfo {
-  const char* version;            ///< of dca
-  const char* compiler;           ///< that built the CPU kernels
+  const char* version;               ///< of dca
+  const char* compiler;              ///< that built the CPU kernels
   const char* cpu_instruction_sets;  ///< compiled, best first, separated by commas
-  const char* cpu_isa;            ///< in use on this machine (environment variable DCA_CPU_ISA forces one)
+  const char* cpu_isa;               ///< in use on this machine (environment variable DCA_CPU_ISA forces one)
   const char* cuda_architectures;    ///< compiled, separated by commas; empty: built without CUDA
   int cpu_threads;                   ///< of the library's own pool (environment variable DCA_NUM_THREADS)
 };

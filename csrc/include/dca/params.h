@@ -98,10 +98,10 @@ struct AttentionParams {
   const int32_t* cu_seqlens_q = nullptr;  ///< (batch + 1): q and out are ragged (device)
   const int32_t* cu_seqlens_k = nullptr;  ///< (batch + 1): k and v are ragged (device)
 
-  int32_t cache_seqlen = 0;                ///< slots in use, left padding included, if cache_seqlens is null
-  const int32_t* cache_seqlens = nullptr;  ///< (batch): the same per sequence (device); ignored for ragged k
-  bool cache_seqlens_before_append = false;   ///< the lengths do not yet count this call's query rows
-  const int32_t* cache_leftpad = nullptr;  ///< (batch): unused slots in front of each sequence (device)
+  int32_t cache_seqlen = 0;                  ///< slots in use, left padding included, if cache_seqlens is null
+  const int32_t* cache_seqlens = nullptr;    ///< (batch): the same per sequence (device); ignored for ragged k
+  bool cache_seqlens_before_append = false;  ///< the lengths do not yet count this call's query rows
+  const int32_t* cache_leftpad = nullptr;    ///< (batch): unused slots in front of each sequence (device)
   PageTable pages;
 
   RotaryTables rotary;
@@ -110,8 +110,8 @@ struct AttentionParams {
   /// Not 0, and temperature null: YaRN's factor max(1, 0.1 ln(kv_len / this) + 1)^2.
   int32_t original_max_position_embeddings = 0;
 
-  int32_t num_splits = 0;           ///< key splits per query tile; 0: chosen from the shapes
-  void* workspace = nullptr;        ///< attention_workspace_bytes() bytes (device); CPU: may be null
+  int32_t num_splits = 0;     ///< key splits per query tile; 0: chosen from the shapes
+  void* workspace = nullptr;  ///< attention_workspace_bytes() bytes (device); CPU: may be null
   size_t workspace_bytes = 0;
 };
 
@@ -148,8 +148,8 @@ struct AppendParams {
   int32_t batch = 0;
   int32_t num_heads_kv = 0;
   int32_t head_dim = 0;
-  int32_t seqlen_k = 0;    ///< new rows of every sequence; ragged: their maximum
-  int64_t total_k = 0;     ///< ragged: rows of k and v
+  int32_t seqlen_k = 0;     ///< new rows of every sequence; ragged: their maximum
+  int64_t total_k = 0;      ///< ragged: rows of k and v
   int32_t cache_slots = 0;  ///< slots of a sequence in the caches; paged: max_pages * page_size
 
   ConstTensorRef k;   ///< (batch, seqlen_k, num_heads_kv, head_dim) or (total_k, num_heads_kv, head_dim)

@@ -1,0 +1,142 @@
+#include "ceilings.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+
+namespace dca::bench {
+namespace {
+
+constexpr int kTrials = 7;  // the best counts: a ceiling is what was possible
+
+// Calls work(thread) on num_threads threads and returns the seconds until all are done.
+template <class Work>
+double seconds_of(int num_threads, Work&& work) {
+  const auto start = std::chrono::steady_clock::now();
+  std::vector<std::thread> threads;
+  for (int i = 1; i < num_threads; ++i) threads.emplace_back([&work, i] { work(i); });
+  work(0);
+  for (std::thread& thread : threads) thread.join();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+template <class Work>
+double best_seconds_of(int num_threads, Work&& work) {
+  double best = seconds_of(num_threads, work);
+  for (int trial = 1; trial < kTrials; ++trial) best = std::min(best, seconds_of(num_threads, work));
+  return best;
+}
+
+// --- FMA ---
+
+constexpr int kChains = 12;  // two units of latency 4 need 8; with two operands, 12 fit in 16 registers
+constexpr int64_t kSteps = 4000000;
+
+typedef float Vec4 __attribute__((vector_size(16)));
+typedef float Vec8 __attribute__((vector_size(32)));
+typedef float Vec16 __attribute__((vector_size(64)));
+
+template <class Vec>
+[[gnu::always_inline]] inline float fma_chains() {
+  volatile float factor = 0.999f;  // unknown to the compiler, and no subnormals on the way
+  const float scalar = factor;
+  const Vec x = scalar - Vec{};
+  const Vec y = (1.0f - scalar) - Vec{};
+  Vec acc[kChains] = {};
+  for (int64_t step = 0; step < kSteps; ++step) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) acc[i] = acc[i] * x + y;
+  }
+  float sum = 0.0f;
+  for (int i = 0; i < kChains; ++i) sum += acc[i][0];
+  return sum;
+}
+
+struct FmaLoop {
+  float (*run)();
+  int lanes;
+};
+
+#if defined(__x86_64__)
+__attribute__((target("avx512f"))) float fma_avx512() { return fma_chains<Vec16>(); }
+__attribute__((target("avx2,fma"))) float fma_avx2() { return fma_chains<Vec8>(); }
+#endif
+float fma_portable() { return fma_chains<Vec4>(); }
+
+FmaLoop widest_fma_loop() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f")) return {fma_avx512, 16};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {fma_avx2, 8};
+#endif
+  return {fma_portable, 4};
+}
+
+// --- Memory ---
+
+// The part of a buffer that a thread works on, in whole cache lines.
+struct Slice {
+  char* begin;
+  size_t bytes;
+};
+
+Slice slice_of(const std::pair<void*, size_t>& buffer, int thread, int num_threads) {
+  constexpr size_t kLine = 64;
+  const size_t share = (buffer.second / static_cast<size_t>(num_threads) + kLine - 1) / kLine * kLine;
+  const size_t begin = std::min(buffer.second, share * static_cast<size_t>(thread));
+  return {static_cast<char*>(buffer.first) + begin, std::min(share, buffer.second - begin)};
+}
+
+uint64_t exclusive_or(const char* data, size_t bytes) {
+  uint64_t parts[16] = {};
+  for (size_t i = 0; i + sizeof parts <= bytes; i += sizeof parts) {
+    uint64_t words[16];
+    std::memcpy(words, data + i, sizeof words);
+    for (int k = 0; k < 16; ++k) parts[k] ^= words[k];
+  }
+  uint64_t all = 0;
+  for (const uint64_t part : parts) all ^= part;
+  return all;
+}
+
+double total_bytes(const Buffers& buffers) {
+  double total = 0.0;
+  for (const auto& buffer : buffers) total += static_cast<double>(buffer.second);
+  return total;
+}
+
+}  // namespace
+
+double measure_fma_peak(int num_threads) {
+  const FmaLoop loop = widest_fma_loop();
+  std::vector<float> sums(static_cast<size_t>(num_threads));
+  const auto run = [&](int thread) { sums[static_cast<size_t>(thread)] = loop.run(); };
+  const double seconds = best_seconds_of(num_threads, run);
+  return 2.0 * kChains * kSteps * loop.lanes * num_threads / seconds;
+}
+
+double measure_read_bandwidth(const Buffers& buffers, int num_threads) {
+  std::vector<uint64_t> sums(static_cast<size_t>(num_threads));
+  const double seconds = best_seconds_of(num_threads, [&](int thread) {
+    uint64_t sum = 0;
+    for (const auto& buffer : buffers) {
+      const Slice slice = slice_of(buffer, thread, num_threads);
+      sum ^= exclusive_or(slice.begin, slice.bytes);
+    }
+    sums[static_cast<size_t>(thread)] = sum;
+  });
+  return total_bytes(buffers) / seconds;
+}
+
+double measure_copy_bandwidth(const Buffers& from, const Buffers& to, int num_threads) {
+  const double seconds = best_seconds_of(num_threads, [&](int thread) {
+    for (size_t i = 0; i < from.size(); ++i) {
+      const Slice source = slice_of(from[i], thread, num_threads);
+      std::memcpy(slice_of(to[i], thread, num_threads).begin, source.begin, source.bytes);
+    }
+  });
+  return 2.0 * total_bytes(from) / seconds;
+}
+
+}  // namespace dca::bench

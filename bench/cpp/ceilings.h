@@ -1,0 +1,22 @@
+// What this machine can do at best, measured next to the operators: fused multiply-adds from registers, reads and
+// copies of memory, with all threads at once.
+#pragma once
+
+#include <cstddef>
+#include <utility>
+#include <vector>
+
+namespace dca::bench {
+
+using Buffers = std::vector<std::pair<void*, size_t>>;  ///< pointer and bytes of each
+
+/// FLOP/s of fp32 FMA chains in the widest vectors that the machine has.
+double measure_fma_peak(int num_threads);
+
+/// Bytes/s of reading all of `buffers`, the threads sharing each.
+double measure_read_bandwidth(const Buffers& buffers, int num_threads);
+
+/// Bytes/s, read plus written, of copying `from` to `to`, which have the same sizes.
+double measure_copy_bandwidth(const Buffers& from, const Buffers& to, int num_threads);
+
+}  // namespace dca::bench

@@ -1,0 +1,157 @@
+#include "options.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <stdexcept>
+#include <vector>
+
+namespace dca::bench {
+namespace {
+
+constexpr const char* kHelp =
+    "Times Dual Chunk Attention, and prints the share of a ceiling that is measured in the same run.\n"
+    "\n"
+    "  dca_bench prefill [options]   causal attention of whole prompts; ceiling: FMA peak\n"
+    "  dca_bench decode [options]    one token per sequence over a cache; ceiling: reading that cache\n"
+    "  dca_bench append [options]    rotation and cache write of new keys and values; ceiling: copying them\n"
+    "\n";
+
+struct IntegerFlag {
+  const char* name;
+  const char* help;
+  int64_t Options::*field;
+  int64_t smallest;
+};
+
+constexpr int64_t kLargest = INT32_MAX;
+
+const std::vector<IntegerFlag>& integer_flags() {
+  static const std::vector<IntegerFlag> flags = {
+      {"--batch", "sequences (1)", &Options::batch, 1},
+      {"--heads", "query heads (32)", &Options::heads, 1},
+      {"--kv-heads", "key and value heads, a divisor of --heads (8)", &Options::kv_heads, 1},
+      {"--head-dim", "channels per head (128)", &Options::head_dim, 1},
+      {"--seqlen", "tokens: of the prompt (4096), in the cache (32768), appended (16384)", &Options::seqlen, 1},
+      {"--chunk-len", "chunk length n (2560)", &Options::chunk_len, 1},
+      {"--max-position", "largest rotary position P, n <= P <= 2n - 1 (n * 6 / 5)", &Options::max_position, 1},
+      {"--threads", "threads of the library's pool (all processors)", &Options::threads, 1},
+      {"--splits", "key splits per query tile; 0: the library chooses (0)", &Options::splits, 0},
+      {"--repeat", "timed runs (9)", &Options::repeat, 1},
+      {"--warmup", "runs before them (2)", &Options::warmup, 0},
+  };
+  return flags;
+}
+
+[[noreturn]] void print_help() {
+  std::fputs(kHelp, stdout);
+  const auto print = [](const std::string& name, const char* help) { std::printf("  %-20s %s\n", name.c_str(), help); };
+  for (const IntegerFlag& flag : integer_flags()) print(std::string(flag.name) + " N", flag.help);
+  print("--dtype TYPE", "fp32, bf16 or fp16 (fp32)");
+  print("--verify", "compare with the double-precision reference; fails if the error is too large");
+  print("--json FILE", "also write the result as one line of JSON");
+  std::exit(0);
+}
+
+int64_t to_integer(const std::string& name, const std::string& text, int64_t smallest) {
+  char* end = nullptr;
+  const long long value = std::strtoll(text.c_str(), &end, 10);
+  if (text.empty() || *end != '\0' || value < smallest || value > kLargest) {
+    const std::string range = "between " + std::to_string(smallest) + " and " + std::to_string(kLargest);
+    throw std::invalid_argument(name + " must be an integer " + range + "; got '" + text + "'");
+  }
+  return value;
+}
+
+DType to_dtype(const std::string& text) {
+  for (const DType dtype : {DType::Float32, DType::BFloat16, DType::Float16}) {
+    if (text == name_of(dtype)) return dtype;
+  }
+  throw std::invalid_argument("--dtype must be fp32, bf16 or fp16; got '" + text + "'");
+}
+
+Operation to_operation(const std::string& text) {
+  for (const Operation operation : {Operation::Prefill, Operation::Decode, Operation::Append}) {
+    if (text == name_of(operation)) return operation;
+  }
+  throw std::invalid_argument("the first argument must be prefill, decode or append; got '" + text + "'");
+}
+
+void set_flag(Options& options, const std::string& name, const std::string& value) {
+  if (name == "--dtype") {
+    options.dtype = to_dtype(value);
+    return;
+  }
+  if (name == "--json") {
+    options.json = value;
+    return;
+  }
+  for (const IntegerFlag& flag : integer_flags()) {
+    if (name == flag.name) {
+      options.*flag.field = to_integer(name, value, flag.smallest);
+      return;
+    }
+  }
+  throw std::invalid_argument("unknown option '" + name + "'; dca_bench --help lists them");
+}
+
+// What the library itself would refuse is left to it.
+void complete(Options& options) {
+  if (options.seqlen == 0) {
+    options.seqlen = options.operation == Operation::Prefill  ? 4096
+                     : options.operation == Operation::Decode ? 32768
+                                                              : 16384;
+  }
+  if (options.max_position == 0) options.max_position = options.chunk_len + options.chunk_len / 5;
+  if (options.json.empty()) return;
+  const std::filesystem::path folder = std::filesystem::absolute(options.json).parent_path();
+  if (!std::filesystem::is_directory(folder)) {  // said now, not after minutes of measuring
+    throw std::invalid_argument("--json must name a file in an existing folder; there is no '" + folder.string() + "'");
+  }
+}
+
+}  // namespace
+
+const char* name_of(Operation operation) {
+  switch (operation) {
+    case Operation::Prefill:
+      return "prefill";
+    case Operation::Decode:
+      return "decode";
+    default:
+      return "append";
+  }
+}
+
+const char* name_of(DType dtype) {
+  return dtype == DType::Float32 ? "fp32" : dtype == DType::BFloat16 ? "bf16" : "fp16";
+}
+
+Options parse_options(int argc, char** argv) {
+  const std::vector<std::string> arguments(argv + 1, argv + argc);
+  for (const std::string& argument : arguments) {
+    if (argument == "--help" || argument == "-h") print_help();
+  }
+  if (arguments.empty()) throw std::invalid_argument("say what to time, as dca_bench --help shows");
+  Options options;
+  options.operation = to_operation(arguments[0]);
+  for (size_t i = 1; i < arguments.size(); ++i) {
+    std::string name = arguments[i];
+    if (name == "--verify") {
+      options.verify = true;
+      continue;
+    }
+    const size_t equals = name.find('=');
+    if (equals != std::string::npos) {
+      set_flag(options, name.substr(0, equals), name.substr(equals + 1));
+    } else if (i + 1 < arguments.size()) {
+      set_flag(options, name, arguments[++i]);
+    } else {
+      set_flag(options, name, "");  // an unknown name is the better complaint
+    }
+  }
+  complete(options);
+  return options;
+}
+
+}  // namespace dca::bench

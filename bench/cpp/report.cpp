@@ -1,0 +1,146 @@
+#include "report.h"
+
+#include <unistd.h>
+
+#include <cstdio>
+#include <ctime>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+#include <stdexcept>
+
+#include "dca/dca.h"
+
+namespace dca::bench {
+namespace {
+
+// 1.5e9 as "1.50 G".
+std::string with_prefix(double value) {
+  const char* prefixes[] = {"", "k", "M", "G", "T", "P"};
+  int index = 0;
+  for (; value >= 1000.0 && index < 5; ++index) value /= 1000.0;
+  char text[32];
+  std::snprintf(text, sizeof text, "%.2f %s", value, prefixes[index]);
+  return text;
+}
+
+std::string machine_name() {
+  std::ifstream cpuinfo("/proc/cpuinfo");
+  for (std::string line; std::getline(cpuinfo, line);) {
+    const size_t colon = line.find(": ");
+    if (line.rfind("model name", 0) == 0 && colon != std::string::npos) return line.substr(colon + 2);
+  }
+  return "unknown";
+}
+
+std::string utc_now() {
+  const std::time_t now = std::time(nullptr);
+  char text[32];
+  std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", std::gmtime(&now));
+  return text;
+}
+
+std::string quoted(const std::string& text) {
+  std::string result = "\"";
+  for (const char c : text) {
+    if (c == '"' || c == '\\') result += '\\';
+    result += static_cast<unsigned char>(c) < 0x20 ? ' ' : c;
+  }
+  return result + '"';
+}
+
+class JsonLine {
+ public:
+  void add(const char* name, const std::string& text) { add_raw(name, quoted(text)); }
+  void add(const char* name, int64_t value) { add_raw(name, std::to_string(value)); }
+  void add(const char* name, double value) {
+    std::ostringstream text;
+    text.precision(9);
+    text << value;
+    add_raw(name, text.str());
+  }
+  std::string text() const { return "{" + members_ + "}\n"; }
+
+ private:
+  void add_raw(const char* name, const std::string& value) {
+    members_ += (members_.empty() ? "" : ", ") + quoted(name) + ": " + value;
+  }
+
+  std::string members_;
+};
+
+std::string json_of(const Options& o, const Result& r) {
+  const double median = quantile(r.seconds, 0.5);
+  const BuildInfo info = build_info();
+  JsonLine line;
+  line.add("benchmark", std::string(name_of(o.operation)));
+  line.add("kernel", r.kernel);
+  line.add("dtype", std::string(name_of(o.dtype)));
+  line.add("batch", o.batch);
+  if (o.operation != Operation::Append) line.add("heads", o.heads);
+  line.add("kv_heads", o.kv_heads);
+  line.add("head_dim", o.head_dim);
+  line.add("seqlen", o.seqlen);
+  line.add("chunk_len", o.chunk_len);
+  line.add("max_position", o.max_position);
+  line.add("threads", static_cast<int64_t>(r.threads));
+  if (o.operation != Operation::Append) line.add("splits", o.splits);
+  line.add("repeat", o.repeat);
+  line.add("median_ms", 1e3 * median);
+  line.add("p10_ms", 1e3 * quantile(r.seconds, 0.1));
+  line.add("p90_ms", 1e3 * quantile(r.seconds, 0.9));
+  if (o.operation == Operation::Prefill) line.add("rotate_keys_ms", 1e3 * r.rotate_keys_seconds);
+  line.add("work", r.work);
+  line.add("work_unit", std::string(r.work_unit));
+  line.add("rate_per_s", r.work / median);
+  line.add("ceiling_per_s", r.ceiling);
+  line.add("ceiling", std::string(r.ceiling_name));
+  line.add("percent_of_ceiling", 100.0 * r.work / median / r.ceiling);
+  if (o.verify) line.add("verified", r.verified);
+  line.add("machine", machine_name());
+  line.add("compiler", std::string(info.compiler));
+  line.add("version", std::string(info.version));
+  line.add("date", utc_now());
+  return line.text();
+}
+
+}  // namespace
+
+void print_table(const Options& o, const Result& r) {
+  const auto number = [](int64_t value) { return std::to_string(value); };
+  const bool append = o.operation == Operation::Append;
+  const std::string shape = "batch " + number(o.batch) + (append ? ", kv heads " : ", heads " + number(o.heads) + "/") +
+                            number(o.kv_heads) + ", head_dim " + number(o.head_dim) + ", seqlen " + number(o.seqlen) +
+                            ", chunk_len " + number(o.chunk_len) + ", max_position " + number(o.max_position);
+  const double median = quantile(r.seconds, 0.5);
+  const double rate = r.work / median;
+  std::printf("%s  %s  %s  %d threads  %s\n", name_of(o.operation), r.kernel.c_str(), name_of(o.dtype), r.threads,
+              shape.c_str());
+  std::printf("  time         %.3f ms  median of %zu; p10 %.3f, p90 %.3f\n", 1e3 * median, r.seconds.size(),
+              1e3 * quantile(r.seconds, 0.1), 1e3 * quantile(r.seconds, 0.9));
+  if (o.operation == Operation::Prefill) {
+    std::printf("  rotate_keys  %.3f ms  not part of the above\n", 1e3 * r.rotate_keys_seconds);
+  }
+  std::printf("  work         %s%s\n", with_prefix(r.work).c_str(), r.work_unit);
+  std::printf("  rate         %s%s/s  %.1f %% of %s%s/s (%s, this run)\n", with_prefix(rate).c_str(), r.work_unit,
+              100.0 * rate / r.ceiling, with_prefix(r.ceiling).c_str(), r.work_unit, r.ceiling_name);
+  if (o.verify) std::printf("  verified     %s\n", r.verified.c_str());
+}
+
+void write_json(const Options& options, const Result& result) {
+  namespace fs = std::filesystem;
+  const fs::path temporary = options.json + ".tmp" + std::to_string(getpid());
+  std::ofstream file(temporary, std::ios::trunc);
+  file << json_of(options, result) << std::flush;
+  const bool written = file.good();
+  file.close();
+  std::error_code error;
+  if (written) fs::rename(temporary, options.json, error);  // replaces the old file in one step
+  if (!written || error) {
+    std::error_code ignored;
+    fs::remove(temporary, ignored);
+    throw std::runtime_error("--json: cannot write '" + options.json + "'" + (error ? ": " + error.message() : ""));
+  }
+}
+
+}  // namespace dca::bench

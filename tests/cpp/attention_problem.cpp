@@ -1,0 +1,231 @@
+#include "attention_problem.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <sstream>
+
+namespace dca::testing {
+namespace {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr int32_t kHeadGap = 3;  // odd: no row but the first is aligned to a vector
+constexpr int32_t kRowGap = 5;
+constexpr int32_t kHugePage = 1 << 30;  // reading it is a crash
+
+}  // namespace
+
+// --- Tensor ---
+
+Tensor::Tensor(DType dtype, int64_t batch, int64_t rows, int32_t heads, int32_t dim)
+    : dtype_(dtype), batch_(batch), rows_(rows), heads_(heads), dim_(dim) {
+  stride_.head = dim + kHeadGap;
+  stride_.row = heads * stride_.head + kRowGap;
+  stride_.batch = (rows + 1) * stride_.row;
+  const int64_t count = std::max<int64_t>(1, batch * stride_.batch);
+  bytes_.resize(static_cast<size_t>(count) * element_size(dtype));
+  fill_with_nan();
+}
+
+void Tensor::fill_with_nan() {
+  for (size_t i = 0; i < bytes_.size() / element_size(dtype_); ++i) set(static_cast<int64_t>(i), kNaN);
+}
+
+void Tensor::randomize_row(std::mt19937& random, int64_t batch, int64_t row) {
+  std::normal_distribution<double> normal;
+  for (int32_t head = 0; head < heads_; ++head) {
+    for (int32_t c = 0; c < dim_; ++c) set(offset(batch, row, head) + c, normal(random));
+  }
+}
+
+void Tensor::randomize(std::mt19937& random) {
+  for (int64_t b = 0; b < batch_; ++b) {
+    for (int64_t r = 0; r < rows_; ++r) randomize_row(random, b, r);
+  }
+}
+
+std::vector<double> Tensor::values() const {
+  std::vector<double> values;
+  for (int64_t b = 0; b < batch_; ++b) {
+    for (int64_t r = 0; r < rows_; ++r) {
+      for (int32_t head = 0; head < heads_; ++head) {
+        for (int32_t c = 0; c < dim_; ++c) values.push_back(at(offset(b, r, head) + c));
+      }
+    }
+  }
+  return values;
+}
+
+bool Tensor::gaps_are_nan() const {
+  for (int64_t i = 0; i < batch_ * stride_.batch; ++i) {
+    const int64_t row = i % stride_.batch / stride_.row;
+    const int64_t in_row = i % stride_.batch % stride_.row;
+    const bool owned = row < rows_ && in_row / stride_.head < heads_ && in_row % stride_.head < dim_;
+    if (!owned && !std::isnan(at(i))) return false;
+  }
+  return true;
+}
+
+Tables::Tables(int64_t num_positions, int32_t half_dim, double base, double scale) {
+  for (int64_t position = 0; position < num_positions; ++position) {
+    for (int32_t c = 0; c < half_dim; ++c) {
+      const double angle = position * std::pow(base, -static_cast<double>(c) / half_dim);
+      cos.push_back(static_cast<float>(scale * std::cos(angle)));
+      sin.push_back(static_cast<float>(scale * std::sin(angle)));
+    }
+  }
+  if (half_dim == 0) cos = sin = {0.0f};  // a pointer that is not null
+}
+
+std::string to_string(const ProblemShape& shape) {
+  std::ostringstream text;
+  text << "dtype " << static_cast<int>(shape.dtype) << ", head_dim " << shape.head_dim << ", heads " << shape.num_heads
+       << "/" << shape.num_heads_kv << ", n " << shape.chunk.chunk_len << ", P " << shape.chunk.max_position
+       << (shape.ragged_q ? ", ragged q" : "")
+       << (shape.keys == KeyLayout::Slots   ? ""
+           : shape.keys == KeyLayout::Paged ? ", paged"
+                                            : ", ragged k")
+       << (shape.leftpads.empty() ? "" : ", left-padded") << (shape.interleaved ? ", interleaved" : "") << ", kv_lens";
+  for (const int32_t n : shape.kv_lens) text << " " << n;
+  for (size_t b = 0; b < shape.q_lens.size(); ++b) text << (b == 0 ? ", q_lens " : " ") << shape.q_lens[b];
+  return text.str();
+}
+
+// --- AttentionProblem ---
+
+AttentionProblem::AttentionProblem(const ProblemShape& shape) : shape_(shape) {
+  if (shape_.q_lens.empty()) shape_.q_lens = shape_.kv_lens;
+  if (shape_.half_rotary_dim < 0) shape_.half_rotary_dim = shape_.head_dim / 2;
+  tables_ = Tables(shape_.chunk.max_position + 1, shape_.half_rotary_dim);
+  std::mt19937 random(shape_.seed);
+  build_queries(random);
+  build_keys(random);
+}
+
+// Rows without a logical position stay NaN: they must not be read.
+void AttentionProblem::build_queries(std::mt19937& random) {
+  const int64_t batch = static_cast<int64_t>(shape_.kv_lens.size());
+  const int64_t total = std::accumulate(shape_.q_lens.begin(), shape_.q_lens.end(), int64_t{0});
+  const int64_t rows = shape_.ragged_q ? total : batch > 0 ? shape_.q_lens[0] : 0;
+  q_ = out_ = Tensor(shape_.dtype, shape_.ragged_q ? 1 : batch, rows, shape_.num_heads, shape_.head_dim);
+  lse_.resize(static_cast<size_t>(total * shape_.num_heads));
+  for (int64_t b = 0; b < batch; ++b) {
+    const int32_t q_len = shape_.q_lens[b];
+    EXPECT_TRUE(shape_.ragged_q || q_len == shape_.q_lens[0]) << "uniform queries have one length";
+    for (int32_t r = std::max(0, q_len - shape_.kv_lens[b]); r < q_len; ++r) {
+      q_.randomize_row(random, shape_.ragged_q ? 0 : b, shape_.ragged_q ? cu_seqlens_q_.back() + r : r);
+    }
+    cu_seqlens_q_.push_back(cu_seqlens_q_.back() + q_len);
+  }
+}
+
+void AttentionProblem::build_keys(std::mt19937& random) {
+  const size_t batch = shape_.kv_lens.size();
+  for (size_t b = 0; b < batch; ++b) {
+    cache_seqlens_.push_back(leftpad(b) + shape_.kv_lens[b]);
+    cu_seqlens_k_.push_back(cu_seqlens_k_.back() + cache_seqlens_.back());
+    slots_ = std::max(slots_, cache_seqlens_.back());
+  }
+  const bool ragged = shape_.keys == KeyLayout::Ragged;
+  slots_ += ragged ? 0 : 2;  // spare slots
+  if (shape_.keys == KeyLayout::Paged) {
+    build_pages(random);
+  } else {
+    const int64_t rows = ragged ? cu_seqlens_k_.back() : slots_;
+    k_ = v_ = Tensor(shape_.dtype, ragged ? 1 : batch, rows, shape_.num_heads_kv, shape_.head_dim);
+  }
+  for (size_t b = 0; b < batch; ++b) {
+    for (int64_t slot = leftpad(b); slot < cache_seqlens_[b]; ++slot) {
+      int64_t block = ragged ? 0 : static_cast<int64_t>(b);
+      int64_t row = ragged ? cu_seqlens_k_[b] + slot : slot;
+      if (shape_.keys == KeyLayout::Paged) {
+        block = page_table_[b * max_pages_ + slot / shape_.page_size];
+        row = slot % shape_.page_size;
+      }
+      k_.randomize_row(random, block, row);
+      v_.randomize_row(random, block, row);
+    }
+  }
+}
+
+// Pages in a random order, with one of nobody's among them; unused entries of the table lead out of the cache.
+void AttentionProblem::build_pages(std::mt19937& random) {
+  max_pages_ = (slots_ + shape_.page_size - 1) / shape_.page_size + 1;
+  slots_ = max_pages_ * shape_.page_size;
+  std::vector<int32_t> order(shape_.kv_lens.size() * static_cast<size_t>(max_pages_) + 1);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), random);
+  num_pages_ = static_cast<int64_t>(order.size());
+  for (size_t b = 0; b < shape_.kv_lens.size(); ++b) {
+    for (int32_t page = 0; page < max_pages_; ++page) {
+      const bool padding = (page + 1) * shape_.page_size <= leftpad(b);
+      const bool used = page * shape_.page_size < cache_seqlens_[b] && !padding;
+      page_table_.push_back(used ? order[b * static_cast<size_t>(max_pages_) + page] : kHugePage);
+    }
+  }
+  k_ = v_ = Tensor(shape_.dtype, num_pages_, shape_.page_size, shape_.num_heads_kv, shape_.head_dim);
+}
+
+void AttentionProblem::forget_results() {
+  out_.fill_with_nan();
+  std::fill(lse_.begin(), lse_.end(), std::numeric_limits<float>::quiet_NaN());
+}
+
+AttentionParams AttentionProblem::params() {
+  const int32_t batch = static_cast<int32_t>(shape_.kv_lens.size());
+  forget_results();
+  AttentionParams p;
+  p.dtype = shape_.dtype;
+  p.chunk = shape_.chunk;
+  p.batch = batch;
+  p.num_heads = shape_.num_heads;
+  p.num_heads_kv = shape_.num_heads_kv;
+  p.head_dim = shape_.head_dim;
+  p.seqlen_q = batch > 0 ? *std::max_element(shape_.q_lens.begin(), shape_.q_lens.end()) : 0;
+  p.seqlen_k = slots_;
+  p.q = q_.ref();
+  p.k = k_.ref();
+  p.v = v_.ref();
+  p.out = out_.mutable_ref();
+  p.lse = lse_.data();
+  if (shape_.ragged_q) {
+    p.total_q = cu_seqlens_q_.back();
+    p.cu_seqlens_q = cu_seqlens_q_.data();
+  }
+  if (shape_.keys == KeyLayout::Ragged) {
+    p.total_k = cu_seqlens_k_.back();
+    p.cu_seqlens_k = cu_seqlens_k_.data();
+  } else {
+    p.cache_seqlens = cache_seqlens_.data();
+  }
+  if (shape_.keys == KeyLayout::Paged) {
+    p.pages = {page_table_.data(), max_pages_, max_pages_, shape_.page_size, num_pages_};
+  }
+  if (!shape_.leftpads.empty()) p.cache_leftpad = shape_.leftpads.data();
+  p.rotary = {tables_.cos.data(), tables_.sin.data(), shape_.chunk.max_position + 1, shape_.half_rotary_dim,
+              shape_.interleaved};
+  p.softmax_scale = 1.0f / std::sqrt(static_cast<float>(shape_.head_dim));
+  return p;
+}
+
+::testing::AssertionResult AttentionProblem::matches_reference(AttentionParams params,
+                                                               const std::vector<int32_t>& split_counts) {
+  const auto exact = reference::attention(params);
+  reference::AttentionResult baseline;
+  if (shape_.dtype != DType::Float32) baseline = reference::attention_baseline(params);
+  for (const int32_t num_splits : split_counts) {
+    forget_results();
+    params.num_splits = num_splits;
+    const std::string what = " (" + to_string(shape_) + ", num_splits " + std::to_string(num_splits) + ")";
+    if (const Status status = attention(params); !status.ok()) return ::testing::AssertionFailure() << status.message();
+    if (auto ok = accepted(error_rule::attention(out(), exact.out, baseline.out, shape_.dtype)); !ok) return ok << what;
+    if (params.lse != nullptr) {
+      if (auto ok = accepted(error_rule::lse(lse(), exact.lse)); !ok) return ok << what;
+    }
+    if (!out_.gaps_are_nan()) return ::testing::AssertionFailure() << "written between the rows of out" << what;
+  }
+  return ::testing::AssertionSuccess();
+}
+
+}  // namespace dca::testing

@@ -1,0 +1,47 @@
+// Tile shapes and split counts: pure functions, so their promises can be checked for every shape that matters.
+#include "heuristics.h"
+
+#include <gtest/gtest.h>
+
+namespace dca {
+namespace {
+
+TEST(Heuristics, TilesFitInCacheAndAreWholeStrips) {
+  for (const int32_t head_dim : {1, 64, 80, 96, 128, 256, 1024}) {
+    for (const int32_t group : {1, 2, 3, 4, 7, 8, 16, 64}) {
+      const CpuTileShape shape = cpu_tile_shape(group, head_dim);
+      EXPECT_GE(shape.block_m, 8);
+      EXPECT_LE(shape.block_m, 120);
+      EXPECT_EQ(shape.block_n, 128);
+      EXPECT_TRUE(shape.block_m < 24 || shape.block_m % 24 == 0);
+      // 8 positions are the least, however wide the group.
+      EXPECT_TRUE(shape.block_m == 8 || 2LL * shape.block_m * group * head_dim * 4 <= 256 * 1024);
+    }
+  }
+}
+
+TEST(Heuristics, OneThreadAndNoWorkNeedNoSplits) {
+  EXPECT_EQ(cpu_num_splits(1, 1, 1 << 20), 1);
+  EXPECT_EQ(cpu_num_splits(0, 8, 1 << 20), 1);
+  EXPECT_EQ(cpu_num_splits(1, 8, 0), 1);
+}
+
+TEST(Heuristics, SplitsFeedEveryThreadAndAreNotShort) {
+  for (const int64_t tiles : {1, 2, 3, 7, 8, 31, 1000}) {
+    for (const int32_t threads : {2, 3, 16, 128}) {
+      for (const int32_t kv_len : {1, 511, 512, 1024, 40000, 1 << 20, INT32_MAX}) {
+        const int32_t splits = cpu_num_splits(tiles, threads, kv_len);
+        ASSERT_GE(splits, 1);
+        ASSERT_TRUE(splits == 1 || kv_len / splits >= 512);
+        const bool all_threads_busy = tiles * splits >= 4LL * threads;
+        const bool no_room_for_more = kv_len / 512 <= splits;
+        ASSERT_TRUE(all_threads_busy || no_room_for_more);
+        // One split fewer would leave threads without work.
+        ASSERT_TRUE(splits == 1 || tiles * (splits - 1) < 4LL * threads);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace dca

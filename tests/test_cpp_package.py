@@ -1,0 +1,57 @@
+"""find_package(dca) from a project outside of the tree, installed by CMake and by pip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cpp_build import ROOT, build_tree, configure, require_cmake_and_compiler, run
+
+import dca_ext
+
+CONSUMER = ROOT / "tests" / "package"
+
+#: The mean of the two values in tests/package/main.cpp.
+EXPECTED = f"2 3 4 5, version {dca_ext.__version__}\n"
+
+
+def build_and_run_consumer(dca_dir: Path, tmp_path: Path) -> str:
+    # The consumer is copied, so that nothing of this tree is near it.
+    source = tmp_path / "consumer"
+    source.mkdir()
+    for file in CONSUMER.iterdir():
+        (source / file.name).write_text(file.read_text())
+    build = tmp_path / "consumer-build"
+    configure(source, build, f"-Ddca_DIR={dca_dir}")
+    run("cmake", "--build", build)
+    return run(build / "consumer").stdout
+
+
+def test_consumer_of_the_installed_tree(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    prefix = tmp_path / "prefix"
+    run("cmake", "--install", build_tree(tmp_path_factory), "--prefix", prefix, "--component", "cpp")
+    installed = {str(path.relative_to(prefix)) for path in prefix.rglob("*") if path.is_file()}
+    headers = {f"include/dca/{path.name}" for path in (ROOT / "csrc" / "include" / "dca").iterdir()}
+    assert headers <= installed
+    assert {"lib/libdca.a", "lib/cmake/dca/dcaConfig.cmake"} <= installed
+    assert str(ROOT) not in "".join(path.read_text() for path in (prefix / "lib" / "cmake" / "dca").iterdir())
+    assert build_and_run_consumer(prefix / "lib" / "cmake" / "dca", tmp_path) == EXPECTED
+
+
+def test_consumer_of_the_installed_python_package(tmp_path: Path) -> None:
+    require_cmake_and_compiler()
+    folder = Path(dca_ext.cmake_dir())
+    assert (folder / "dcaConfig.cmake").is_file(), "pip install . puts the C++ package into dca_ext"
+    assert build_and_run_consumer(folder, tmp_path) == EXPECTED
+
+
+def test_package_refuses_another_version(tmp_path: Path) -> None:
+    require_cmake_and_compiler()
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.18)\nproject(consumer CXX)\nfind_package(dca 99.0 REQUIRED)\n"
+    )
+    result = configure(source, tmp_path / "build", f"-Ddca_DIR={dca_ext.cmake_dir()}", check=False)
+    assert result.returncode != 0
+    assert "99.0" in result.stderr

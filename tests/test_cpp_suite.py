@@ -1,0 +1,84 @@
+"""The C++ tests under ctest, and dca_bench's own comparison with the reference."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from cpp_build import build_tree, has_googletest, require_cmake_and_compiler, run
+
+#: A small shape with all three segments.
+SHAPE = [
+    *("--batch=2", "--heads=6", "--kv-heads=2", "--head-dim=80", "--seqlen=200"),
+    *("--chunk-len=48", "--max-position=70", "--threads=2", "--repeat=3"),
+]
+
+
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tree(tmp_path_factory) / "bench" / "cpp" / "dca_bench"
+
+
+def test_cpp_tests_pass_for_every_instruction_set_that_runs_here(tmp_path_factory: pytest.TempPathFactory) -> None:
+    require_cmake_and_compiler()
+    if not has_googletest():
+        pytest.skip("CMake finds no GoogleTest (Debian, Ubuntu: apt-get install libgtest-dev)")
+    build = build_tree(tmp_path_factory)
+    result = run("ctest", "--output-on-failure", cwd=build)
+    print(result.stdout)  # shown with pytest -rP: which sets were skipped, and how long each took
+    assert re.search(r"dca_cpp_tests\.portable \.+\s+Passed", result.stdout)
+    assert "100% tests passed" in result.stdout
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("operation", ["prefill", "decode", "append"])
+def test_bench_verifies_and_writes_json(
+    operation: str, dtype: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file = tmp_path / "result.json"
+    result = run(bench(tmp_path_factory), operation, *SHAPE, f"--dtype={dtype}", "--verify", "--json", file)
+    assert "max error" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"], "no temporary file stays"
+    row = json.loads(file.read_text())
+    assert (row["benchmark"], row["dtype"], row["seqlen"], row["threads"]) == (operation, dtype, 200, 2)
+    assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
+    pairs = 200 * 201 // 2
+    cache_bytes = 2 * 2 * 200 * 2 * 80 * (4 if dtype == "fp32" else 2)
+    work = {"prefill": 4 * 2 * 6 * 80 * pairs, "decode": cache_bytes, "append": 2 * cache_bytes}[operation]
+    assert row["work"] == pytest.approx(work)
+    assert row["rate_per_s"] == pytest.approx(work / row["median_ms"] * 1e3, rel=1e-6)
+    assert row["ceiling_per_s"] > 0
+    assert row["machine"]
+    assert row["compiler"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", row["date"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "say what to time"),
+        (["fly"], "must be prefill, decode or append; got 'fly'"),
+        (["prefill", "--heads", "many"], "--heads must be an integer between 1 and 2147483647; got 'many'"),
+        (["prefill", "--dtype", "int8"], "--dtype must be fp32, bf16 or fp16; got 'int8'"),
+        (["prefill", "--speed", "9"], "unknown option '--speed'"),
+        (["decode", "--heads=7"], "num_heads must be a positive multiple of num_heads_kv"),
+        (["append", "--json", "no/such/folder/x.json"], "--json must name a file in an existing folder"),
+    ],
+)
+def test_bench_refuses_bad_options_in_one_sentence(
+    arguments: list[str], message: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    result = run(bench(tmp_path_factory), *arguments, check=False)
+    assert result.returncode != 0
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_bench_help_names_every_flag(tmp_path_factory: pytest.TempPathFactory) -> None:
+    text = run(bench(tmp_path_factory), "--help").stdout
+    for flag in ("batch", "heads", "kv-heads", "head-dim", "seqlen", "chunk-len", "max-position", "dtype", "threads"):
+        assert f"--{flag} " in text
+    for flag in ("splits", "repeat", "warmup", "verify", "json"):
+        assert f"--{flag} " in text
