@@ -6,8 +6,7 @@
 Prefill compares `dca_attention` (key rotation included) with torch SDPA, causal, on K and V repeated and transposed
 beforehand; the work is the same: 4 * head_dim * heads * sum(i + 1) FLOP. Decode compares one token against a cache with
 SDPA and enable_gqa; bytes are those of K and V. Calls alternate, so that a machine whose speed drifts slows both; the
-ratio is the median of the ratios of neighbours. Memory is the peak resident size of a process of its own, less that of
-the same process with a short call.
+ratio is the median of the ratios of neighbours. Memory is how far one prefill raises the resident size (Linux).
 """
 
 from __future__ import annotations
@@ -16,10 +15,7 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -99,18 +95,22 @@ def decode(args: argparse.Namespace, seqlen: int) -> dict[str, float]:
     return row | {"seqlen": seqlen, "ours_gbs": size / row["ours_s"] / 1e9, "torch_gbs": size / row["torch_s"] / 1e9}
 
 
+def resident_mib(field: str) -> float:
+    """VmRSS (now) or VmHWM (peak) of this process."""
+    line = next(text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(field))
+    return int(line.split()[1]) / 2**10
+
+
 def peak_memory(args: argparse.Namespace, seqlen: int) -> dict[str, float]:
-    """MiB that prefill adds to a process that already holds its inputs."""
-
-    def peak(run: bool) -> float:
-        command = [sys.executable, __file__, "--memory-of", str(seqlen), "--dtype", args.dtype]
-        for name in ("heads", "kv_heads", "head_dim"):
-            command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-        return float(subprocess.run([*command, *(["--run"] if run else [])], capture_output=True, check=True).stdout)
-
-    q, k, _ = inputs(args, seqlen)
+    """MiB that one prefill adds to the resident size at its peak, out included."""
+    q, k, v = inputs(args, seqlen)
+    cos, sin = tables(args.head_dim)
+    dca_attention(q[:, :64], k[:, :64], v[:, :64], cos, sin, CONFIG)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident_mib("VmRSS")
+    dca_attention(q, k, v, cos, sin, CONFIG)
     needed = (q.numel() + k.numel()) * q.element_size() / 2**20
-    return {"seqlen": seqlen, "added_mib": peak(True) - peak(False), "out_and_rotated_k_mib": needed}
+    return {"seqlen": seqlen, "added_mib": resident_mib("VmHWM") - before, "out_and_rotated_k_mib": needed}
 
 
 def print_table(title: str, rows: list[dict[str, float]]) -> None:
@@ -134,8 +134,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--memory", type=int, nargs="*", default=[4096, 8192, 16384])
     parser.add_argument("--pairs", type=int, default=9, help="alternating pairs of calls behind each median")
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -143,12 +141,6 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Runs what the command line asks for."""
     args = parse()
-    if args.memory_of:  # the process of its own that peak_memory starts
-        q, k, v = inputs(args, args.memory_of)
-        short = [x[:, :64] for x in (q, k, v)]
-        dca_attention(*(short if not args.run else (q, k, v)), *tables(args.head_dim), CONFIG)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
-        return
     results = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors",
         "build": dca_ext.build_info(),
