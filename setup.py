@@ -26,6 +26,8 @@ class CMakeBuild(build_ext):
             raise SystemExit("dca_ext needs a C++17 compiler to build (Debian, Ubuntu: apt-get install g++).")
         build = Path(self.build_temp).resolve() / "cmake"
         package_parent = ROOT if self.inplace else Path(self.build_lib).resolve()
+        # A cache from an earlier run names the tools of a build environment that is gone; compiled objects may stay.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
         import pybind11
 
         self.cmake(

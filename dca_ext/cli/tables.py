@@ -76,6 +76,10 @@ def real_tables(figures: dict[str, Any]) -> list[Table]:
         recall.add_column(f"{key['depth']:.2f}: {key['key']}", justify="right")
     for method, result in methods.items():
         recall.add_row(
-            method, *(Text(key["said"], style="green" if key["exact"] else "red") for key in result["passkeys"])
+            method,
+            *(
+                Text(" ".join(key["said"].split()), style="green" if key["exact"] else "red")
+                for key in result["passkeys"]
+            ),
         )
     return [by_position, summary, recall]
