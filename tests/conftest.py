@@ -11,3 +11,9 @@ def _seeded_and_without_grad():
     torch.manual_seed(0)
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _outside_the_repository(tmp_path, monkeypatch):
+    """Processes that tests start import the installed package, not the repository's folder of that name."""
+    monkeypatch.chdir(tmp_path)
