@@ -99,7 +99,7 @@ def attend(
     segments: Sequence[str] = SEGMENTS,
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one sequence: unrotated q (seqlen_q, H, D) at logical ``q_positions`` over rotated k and v
+    """Attention of one sequence: unrotated q (seqlen_q, H, D) at ascending logical ``q_positions`` over rotated k and v
     (seqlen_k, H_kv, D) at positions 0, 1, ... -> out (seqlen_q, H, D), lse (H, seqlen_q), in q's dtype.
 
     Rows that see no key give 0 and -inf.
@@ -112,21 +112,27 @@ def attend(
         return out, lse
     k_heads = k.repeat_interleave(group, dim=1).permute(1, 2, 0)  # (H, D, seqlen_k)
     v_heads = v.repeat_interleave(group, dim=1).transpose(0, 1)  # (H, seqlen_k, D)
-    j = torch.arange(k.shape[0], device=q.device)
     for start in range(0, seqlen_q, _ROWS_PER_BLOCK):
         rows = slice(start, start + _ROWS_PER_BLOCK)
         i = q_positions[rows]
+        seen_by_last = max(0, min(int(i[-1]) + 1, k.shape[0]))
+        j = torch.arange(seen_by_last, device=q.device)  # no row of the block sees a key behind these
         logits = torch.full((num_heads, len(i), len(j)), -math.inf, dtype=q.dtype, device=q.device)
         for segment in segments:
+            seen = segment_mask(i, j, segment, config)
+            columns = seen.any(dim=0).nonzero().flatten()
+            if len(columns) == 0:
+                continue
+            part = slice(int(columns[0]), int(columns[-1]) + 1)  # a segment's keys lie side by side
             positions = query_position(i.clamp(min=0), segment, config)
             q_rotated = rope(q[rows], positions, cos, sin, interleaved).transpose(0, 1)
-            seen = segment_mask(i, j, segment, config)
-            logits = torch.where(seen, scale * (q_rotated @ k_heads), logits)
+            segment_logits = scale * (q_rotated @ k_heads[..., part])
+            logits[..., part] = torch.where(seen[:, part], segment_logits, logits[..., part])
         block_lse = torch.logsumexp(logits, dim=-1)
         # A row without keys has lse -inf; exp(-inf - 0) = 0 gives its zeros, where -inf - -inf would give NaN.
         weights = torch.exp(logits - block_lse.clamp(min=torch.finfo(q.dtype).min)[..., None])
         # Unseen values may be anything, NaN included, and 0 * NaN is NaN.
-        visible_v = torch.where((logits > -math.inf).any(dim=1)[..., None], v_heads, 0)
+        visible_v = torch.where((logits > -math.inf).any(dim=1)[..., None], v_heads[:, : len(j)], 0)
         out[rows] = (weights @ visible_v).transpose(0, 1)
         lse[:, rows] = block_lse
     return out, lse

@@ -109,4 +109,13 @@ def test_interleaved_pairs_are_a_permutation_of_halves():
     torch.testing.assert_close(interleaved, reference.rope(x, positions, cos, sin)[..., order])
 
 
+def test_blocks_of_rows_without_keys_are_zero():
+    cos, sin = tables(FIGURE_2, 4)
+    q, k = torch.randn(300, 1, 4), torch.randn(3, 1, 4)
+    out, lse = reference.attend(q, k, k, torch.arange(-297, 3), cos, sin, FIGURE_2, 1.0)
+    assert (out[:297] == 0).all()
+    assert lse[:, :297].isneginf().all()
+    assert lse[:, 297:].isfinite().all()
+
+
 SMALLEST = DCAConfig(2, 3)
