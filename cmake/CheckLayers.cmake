@@ -6,6 +6,7 @@
 #   reference    include/dca, reference                    "
 #   cpu          include/dca, dispatch (backends), cpu     "
 #   dispatch     include/dca, dispatch                     "
+#   kernels      include/dca, dispatch (kernels.h), kernels  ", CuTe and CUTLASS, the CUDA runtime
 #   torch        include/dca, torch                        ", torch's stable ABI
 #   python       include/dca, python                       ", pybind11
 
@@ -14,14 +15,15 @@ set(DCA_LAYER_include "${_dca_headers}")
 set(DCA_LAYER_reference "${_dca_headers}|^[a-z_0-9]+\\.h$")
 set(DCA_LAYER_cpu "${_dca_headers}|^[a-z_0-9]+\\.(h|inc)$")
 set(DCA_LAYER_dispatch "${_dca_headers}|^[a-z_0-9]+\\.h$")
+set(DCA_LAYER_kernels "${_dca_headers}|^[a-z_0-9]+\\.h$|^(cute|cutlass)/")
 set(DCA_LAYER_torch "${_dca_headers}|^[a-z_0-9]+\\.h$|^torch/(csrc/stable|headeronly)/")
 set(DCA_LAYER_python "${_dca_headers}|^[a-z_0-9]+\\.h$|^pybind11/")
 set(_dca_standard "^[a-z_0-9]+$")
 
-foreach(layer include reference cpu dispatch torch python)
+foreach(layer include reference cpu dispatch kernels torch python)
   file(GLOB_RECURSE files CONFIGURE_DEPENDS
     "${CMAKE_CURRENT_SOURCE_DIR}/csrc/${layer}/*.h" "${CMAKE_CURRENT_SOURCE_DIR}/csrc/${layer}/*.cpp"
-    "${CMAKE_CURRENT_SOURCE_DIR}/csrc/${layer}/*.inc")
+    "${CMAKE_CURRENT_SOURCE_DIR}/csrc/${layer}/*.inc" "${CMAKE_CURRENT_SOURCE_DIR}/csrc/${layer}/*.cu")
   foreach(file IN LISTS files)
     set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${file}")
     file(STRINGS "${file}" lines REGEX "^[ \t]*#[ \t]*include")

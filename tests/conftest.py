@@ -17,3 +17,17 @@ def _seeded_and_without_grad():
 def _outside_the_repository(tmp_path, monkeypatch):
     """Processes that tests start import the installed package, not the repository's folder of that name."""
     monkeypatch.chdir(tmp_path)
+
+
+_KERNEL_CASES: dict[str, int] = {}
+
+
+@pytest.fixture
+def record_kernel_cases():
+    """Where tests note how many kernel cases they compared; the closing summary prints it."""
+    return _KERNEL_CASES
+
+
+def pytest_terminal_summary(terminalreporter):
+    for mode, count in _KERNEL_CASES.items():
+        terminalreporter.write_line(f"CUDA kernels, {mode}: {count} cases compared with the reference")

@@ -32,7 +32,7 @@ def test_cpp_tests_pass_for_every_instruction_set_that_runs_here(tmp_path_factor
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("operation", ["prefill", "decode", "append"])
+@pytest.mark.parametrize("operation", ["prefill", "decode", "append", "merge"])
 def test_bench_verifies_and_writes_json(
     operation: str, dtype: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -45,20 +45,39 @@ def test_bench_verifies_and_writes_json(
     assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
     pairs = 200 * 201 // 2
     cache_bytes = 2 * 2 * 200 * 2 * 80 * (4 if dtype == "fp32" else 2)
-    work = {"prefill": 4 * 2 * 6 * 80 * pairs, "decode": cache_bytes, "append": 2 * cache_bytes}[operation]
+    part_bytes = 2 * 6 * 200 * (80 * (4 if dtype == "fp32" else 2) + 4)
+    work = {
+        "prefill": 4 * 2 * 6 * 80 * pairs,
+        "decode": cache_bytes,
+        "append": 2 * cache_bytes,
+        "merge": (3 + 1) * part_bytes,  # three parts read, one written
+    }[operation]
     assert row["work"] == pytest.approx(work)
     assert row["rate_per_s"] == pytest.approx(work / row["median_ms"] * 1e3, rel=1e-6)
     assert row["ceiling_per_s"] > 0
+    assert row["device"] == "cpu"
     assert row["machine"]
     assert row["compiler"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", row["date"])
+
+
+@pytest.mark.parametrize("operation", ["decode", "append"])
+def test_bench_verifies_caches_of_pages(operation: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    queries = ["--queries=3"] if operation == "decode" else []
+    result = run(bench(tmp_path_factory), operation, *SHAPE, *queries, "--page-size=16", "--dtype=bf16", "--verify")
+    assert "page_size 16" in result.stdout
+    assert "max error" in result.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "say what to time"),
-        (["fly"], "must be prefill, decode or append; got 'fly'"),
+        (["fly"], "must be prefill, decode, append or merge; got 'fly'"),
+        (["merge", "--page-size=16"], "--page-size is for decode and append; got merge"),
+        (["prefill", "--device=tpu"], "--device must be cpu or cuda; got 'tpu'"),
+        (["decode", "--timing=graph"], "--timing needs --device=cuda"),
+        (["decode", "--device=cuda"], "--device=cuda needs"),  # a build with CUDA kernels, or else a CUDA device
         (["prefill", "--heads", "many"], "--heads must be an integer between 1 and 2147483647; got 'many'"),
         (["prefill", "--dtype", "int8"], "--dtype must be fp32, bf16 or fp16; got 'int8'"),
         (["prefill", "--speed", "9"], "unknown option '--speed'"),
@@ -80,5 +99,5 @@ def test_bench_help_names_every_flag(tmp_path_factory: pytest.TempPathFactory) -
     text = run(bench(tmp_path_factory), "--help").stdout
     for flag in ("batch", "heads", "kv-heads", "head-dim", "seqlen", "chunk-len", "max-position", "dtype", "threads"):
         assert f"--{flag} " in text
-    for flag in ("splits", "repeat", "warmup", "verify", "json"):
+    for flag in ("splits", "repeat", "warmup", "verify", "json", "device", "timing", "page-size", "queries", "parts"):
         assert f"--{flag} " in text

@@ -1,14 +1,10 @@
-// What this machine can do at best, measured next to the operators: fused multiply-adds from registers, reads and
+// What the CPU can do at best, measured next to the operators: fused multiply-adds from registers, reads and
 // copies of memory, with all threads at once.
 #pragma once
 
-#include <cstddef>
-#include <utility>
-#include <vector>
+#include "machine.h"
 
 namespace dca::bench {
-
-using Buffers = std::vector<std::pair<void*, size_t>>;  ///< pointer and bytes of each
 
 /// FLOP/s of fp32 FMA chains in the widest vectors that the machine has.
 double measure_fma_peak(int num_threads);

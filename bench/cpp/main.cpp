@@ -1,4 +1,4 @@
-// dca_bench: times prefill, decode and append, and checks them against the reference. See --help.
+// dca_bench: times prefill, decode, append and merge, and checks them against the reference. See --help.
 #include <cstdio>
 #include <cstdlib>
 #include <new>

@@ -3,11 +3,13 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <ctime>
 #include <filesystem>
 #include <fstream>
 #include <sstream>
 #include <stdexcept>
+#include <variant>
 
 #include "dca/dca.h"
 
@@ -24,20 +26,17 @@ std::string with_prefix(double value) {
   return text;
 }
 
-std::string machine_name() {
-  std::ifstream cpuinfo("/proc/cpuinfo");
-  for (std::string line; std::getline(cpuinfo, line);) {
-    const size_t colon = line.find(": ");
-    if (line.rfind("model name", 0) == 0 && colon != std::string::npos) return line.substr(colon + 2);
-  }
-  return "unknown";
-}
-
 std::string utc_now() {
   const std::time_t now = std::time(nullptr);
   char text[32];
   std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", std::gmtime(&now));
   return text;
+}
+
+// The environment's word first: it can know a tree that was copied without its history.
+std::string commit() {
+  const char* given = std::getenv("DCA_COMMIT");
+  return given != nullptr ? given : DCA_BENCH_COMMIT;
 }
 
 std::string quoted(const std::string& text) {
@@ -74,17 +73,24 @@ std::string json_of(const Options& o, const Result& r) {
   const BuildInfo info = build_info();
   JsonLine line;
   line.add("benchmark", std::string(name_of(o.operation)));
+  line.add("device", std::string(name_of(o.device)));
   line.add("kernel", r.kernel);
   line.add("dtype", std::string(name_of(o.dtype)));
   line.add("batch", o.batch);
   if (o.operation != Operation::Append) line.add("heads", o.heads);
-  line.add("kv_heads", o.kv_heads);
+  if (o.operation != Operation::Merge) line.add("kv_heads", o.kv_heads);
   line.add("head_dim", o.head_dim);
   line.add("seqlen", o.seqlen);
-  line.add("chunk_len", o.chunk_len);
-  line.add("max_position", o.max_position);
-  line.add("threads", static_cast<int64_t>(r.threads));
-  if (o.operation != Operation::Append) line.add("splits", o.splits);
+  if (o.operation == Operation::Decode) line.add("queries", o.queries);
+  if (o.page_size > 0) line.add("page_size", o.page_size);
+  if (o.operation == Operation::Merge) {
+    line.add("parts", o.parts);
+  } else {
+    line.add("chunk_len", o.chunk_len);
+    line.add("max_position", o.max_position);
+  }
+  if (o.device == Device::Cpu) line.add("threads", static_cast<int64_t>(r.threads));
+  if (o.operation == Operation::Prefill || o.operation == Operation::Decode) line.add("splits", o.splits);
   line.add("repeat", o.repeat);
   line.add("median_ms", 1e3 * median);
   line.add("p10_ms", 1e3 * quantile(r.seconds, 0.1));
@@ -93,37 +99,55 @@ std::string json_of(const Options& o, const Result& r) {
   line.add("work", r.work);
   line.add("work_unit", std::string(r.work_unit));
   line.add("rate_per_s", r.work / median);
-  line.add("ceiling_per_s", r.ceiling);
-  line.add("ceiling", std::string(r.ceiling_name));
-  line.add("percent_of_ceiling", 100.0 * r.work / median / r.ceiling);
+  line.add("ceiling_per_s", r.ceiling.per_second);
+  line.add("ceiling", r.ceiling.name);
+  line.add("percent_of_ceiling", 100.0 * r.work / median / r.ceiling.per_second);
   if (o.verify) line.add("verified", r.verified);
-  line.add("machine", machine_name());
+  line.add("machine", r.machine);
+  for (const auto& [name, value] : r.facts) {
+    std::visit([&line, &fact = name](const auto& x) { line.add(fact.c_str(), x); }, value);
+  }
   line.add("compiler", std::string(info.compiler));
   line.add("version", std::string(info.version));
+  if (const std::string known = commit(); !known.empty()) line.add("commit", known);
   line.add("date", utc_now());
   return line.text();
+}
+
+std::string shape_of(const Options& o) {
+  const auto number = [](int64_t value) { return std::to_string(value); };
+  const std::string batch = "batch " + number(o.batch);
+  const std::string size = ", head_dim " + number(o.head_dim) + ", seqlen " + number(o.seqlen);
+  const std::string paged = o.page_size > 0 ? ", page_size " + number(o.page_size) : "";
+  const std::string queries = o.queries > 1 ? ", queries " + number(o.queries) : "";
+  const std::string chunks = ", chunk_len " + number(o.chunk_len) + ", max_position " + number(o.max_position);
+  switch (o.operation) {
+    case Operation::Merge:
+      return batch + ", heads " + number(o.heads) + size + ", parts " + number(o.parts);
+    case Operation::Append:
+      return batch + ", kv heads " + number(o.kv_heads) + size + paged + chunks;
+    default:
+      return batch + ", heads " + number(o.heads) + "/" + number(o.kv_heads) + size + queries + paged + chunks;
+  }
 }
 
 }  // namespace
 
 void print_table(const Options& o, const Result& r) {
-  const auto number = [](int64_t value) { return std::to_string(value); };
-  const bool append = o.operation == Operation::Append;
-  const std::string shape = "batch " + number(o.batch) + (append ? ", kv heads " : ", heads " + number(o.heads) + "/") +
-                            number(o.kv_heads) + ", head_dim " + number(o.head_dim) + ", seqlen " + number(o.seqlen) +
-                            ", chunk_len " + number(o.chunk_len) + ", max_position " + number(o.max_position);
   const double median = quantile(r.seconds, 0.5);
   const double rate = r.work / median;
-  std::printf("%s  %s  %s  %d threads  %s\n", name_of(o.operation), r.kernel.c_str(), name_of(o.dtype), r.threads,
-              shape.c_str());
-  std::printf("  time         %.3f ms  median of %zu; p10 %.3f, p90 %.3f\n", 1e3 * median, r.seconds.size(),
+  const std::string where = o.device == Device::Cpu ? std::to_string(r.threads) + " threads" : r.machine;
+  std::printf("%s  %s  %s  %s  %s\n", name_of(o.operation), r.kernel.c_str(), name_of(o.dtype), where.c_str(),
+              shape_of(o).c_str());
+  std::printf("  time         %.4f ms  median of %zu; p10 %.4f, p90 %.4f\n", 1e3 * median, r.seconds.size(),
               1e3 * quantile(r.seconds, 0.1), 1e3 * quantile(r.seconds, 0.9));
   if (o.operation == Operation::Prefill) {
-    std::printf("  rotate_keys  %.3f ms  not part of the above\n", 1e3 * r.rotate_keys_seconds);
+    std::printf("  rotate_keys  %.4f ms  not part of the above\n", 1e3 * r.rotate_keys_seconds);
   }
   std::printf("  work         %s%s\n", with_prefix(r.work).c_str(), r.work_unit);
   std::printf("  rate         %s%s/s  %.1f %% of %s%s/s (%s, this run)\n", with_prefix(rate).c_str(), r.work_unit,
-              100.0 * rate / r.ceiling, with_prefix(r.ceiling).c_str(), r.work_unit, r.ceiling_name);
+              100.0 * rate / r.ceiling.per_second, with_prefix(r.ceiling.per_second).c_str(), r.work_unit,
+              r.ceiling.name.c_str());
   if (o.verify) std::printf("  verified     %s\n", r.verified.c_str());
 }
 

@@ -1,4 +1,5 @@
 // The public calls: check, return at once if there is nothing to do, and hand over to the backend of the device.
+#include <cstdlib>
 #include <exception>
 #include <new>
 #include <string>
@@ -6,31 +7,52 @@
 #include "backends.h"
 #include "checks.h"
 #include "dca/dca.h"
+#include "host_lengths.h"
 
 namespace dca {
 namespace {
 
-Status no_cuda() {
-  return {StatusCode::Unavailable,
-          "this build of dca has no CUDA kernels; build it where nvcc is found, or with DCA_CUDA=ON"};
+template <class Params>
+bool on_cuda(const Params& p) {
+  return p.exec.device == Device::Cuda;
 }
 
 Status check_backend(const Execution& exec) {
-  if (exec.device == Device::Cuda) return no_cuda();
-  if (cpu::isa() == nullptr) {
+  if (exec.device == Device::Cuda && !cuda::available()) return cuda::unavailable();
+  if (exec.device == Device::Cpu && cpu::isa() == nullptr) {
     return {StatusCode::Unavailable, std::string("DCA_CPU_ISA must name one of the compiled instruction sets (") +
                                          cpu::compiled_instruction_sets() + ") that this machine runs"};
   }
   return {};
 }
 
+// DCA_CHECK=1: on CUDA too the values of lengths and page tables are checked, at the price of waiting for the device.
+bool checks_device_values() {
+  static const bool on = [] {
+    const char* value = std::getenv("DCA_CHECK");
+    return value != nullptr && std::string(value) == "1";
+  }();
+  return on;
+}
+
+template <class Params>
+Status check_device_values(const Params& params) {
+  if (!checks_device_values()) return {};
+  HostLengths<Params> lengths;
+  if (Status status = lengths.copy(params); !status.ok()) return status;
+  return check(lengths.params());
+}
+Status check_device_values(const MergeParams&) { return {}; }  // has none
+
 // Checks, and says through *has_work whether there is any for a backend.
 template <class Params>
 Status prepare(const Params& params, bool empty, bool* has_work) {
   *has_work = false;
+  const Status backend = empty ? Status() : check_backend(params.exec);
+  // Without a backend for the device, what its kernels ask of shapes is beside the point.
+  if (on_cuda(params) && !backend.ok()) return backend;
   if (Status status = check(params); !status.ok()) return status;
-  if (empty) return {};
-  if (Status status = check_backend(params.exec); !status.ok()) return status;
+  if (empty || !backend.ok()) return backend;
   *has_work = true;
   return {};
 }
@@ -41,6 +63,9 @@ Status run(const char* name, const Params& params, bool empty, Backend&& backend
   bool has_work = false;
   if (Status status = prepare(params, empty, &has_work); !has_work) return status;
   if (Status status = check_pointers(params); !status.ok()) return status;
+  if (on_cuda(params)) {
+    if (Status status = check_device_values(params); !status.ok()) return status;
+  }
   return backend(params);
 } catch (const std::bad_alloc&) {
   return {StatusCode::OutOfMemory,
@@ -60,13 +85,18 @@ bool has_no_new_rows(const Params& p) {
 
 }  // namespace
 
-Status attention(const AttentionParams& params) { return run("attention", params, is_empty(params), cpu::attention); }
+Status attention(const AttentionParams& params) {
+  return run("attention", params, is_empty(params), on_cuda(params) ? cuda::attention : cpu::attention);
+}
 
 Status attention_workspace_bytes(const AttentionParams& params, size_t* bytes) {
   bool has_work = false;
   Status status = prepare(params, is_empty(params), &has_work);
-  *bytes = has_work ? cpu::attention_workspace_bytes(params) : 0;
-  return status;
+  *bytes = 0;
+  if (!has_work) return status;
+  if (on_cuda(params)) return cuda::attention_workspace_bytes(params, bytes);
+  *bytes = cpu::attention_workspace_bytes(params);
+  return {};
 }
 
 Status describe_attention(const AttentionParams& params, std::string* kernel) {
@@ -77,20 +107,24 @@ Status describe_attention(const AttentionParams& params, std::string* kernel) {
   shapes.pages = {};
   bool has_work = false;
   Status status = prepare(shapes, is_empty(shapes), &has_work);
-  if (has_work) *kernel = cpu::describe_attention(shapes);
-  return status;
+  if (!has_work) return status;
+  if (on_cuda(shapes)) return cuda::describe_attention(shapes, kernel);
+  *kernel = cpu::describe_attention(shapes);
+  return {};
 }
 
 Status rotate_keys(const RotateKeysParams& params) {
-  return run("rotate_keys", params, has_no_new_rows(params), cpu::rotate_keys);
+  return run("rotate_keys", params, has_no_new_rows(params), on_cuda(params) ? cuda::rotate_keys : cpu::rotate_keys);
 }
 
 Status rotate_and_append_kv(const AppendParams& params) {
-  return run("rotate_and_append_kv", params, has_no_new_rows(params), cpu::rotate_and_append_kv);
+  return run("rotate_and_append_kv", params, has_no_new_rows(params),
+             on_cuda(params) ? cuda::rotate_and_append_kv : cpu::rotate_and_append_kv);
 }
 
 Status merge_attention_states(const MergeParams& params) {
-  return run("merge_attention_states", params, params.batch == 0 || params.seqlen == 0, cpu::merge_attention_states);
+  return run("merge_attention_states", params, params.batch == 0 || params.seqlen == 0,
+             on_cuda(params) ? cuda::merge_attention_states : cpu::merge_attention_states);
 }
 
 BuildInfo build_info() {
@@ -103,7 +137,7 @@ BuildInfo build_info() {
 #endif
   info.cpu_instruction_sets = cpu::compiled_instruction_sets();
   info.cpu_isa = cpu::isa() != nullptr ? cpu::isa() : "";
-  info.cuda_architectures = "";
+  info.cuda_architectures = cuda::architectures();
   info.cpu_threads = cpu::default_num_threads();
   return info;
 }

@@ -98,6 +98,42 @@ Status check_common(const Params& p) {
   return {};
 }
 
+// --- What the CUDA kernels ask for: 16 bytes at a time ---
+
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+Status check_vectors(const char* name, const void* data, const Strides& stride, DType dtype) {
+  const int64_t vector = static_cast<int64_t>(16 / element_size(dtype));
+  DCA_REFUSE_IF(!aligned(data), name, " must be aligned to 16 bytes on CUDA");
+  for (const int64_t s : {stride.batch, stride.row, stride.head}) {
+    DCA_REFUSE_IF(s % vector != 0, "the strides of ", name, " must be multiples of ", vector,
+                  " elements (16 bytes) on CUDA; got ", s);
+  }
+  return {};
+}
+
+Status check_head_dim_vectors(int32_t head_dim, DType dtype) {
+  const int32_t vector = static_cast<int32_t>(16 / element_size(dtype));
+  DCA_REFUSE_IF(head_dim % vector != 0, "head_dim must be a multiple of ", vector, " on CUDA; got ", head_dim);
+  return {};
+}
+
+Status check_rotary_vectors(const RotaryTables& rotary, DType dtype) {
+  // Where halves pair whole vectors, the tables are read four floats at a time.
+  const bool paired = !rotary.interleaved && rotary.half_dim % static_cast<int32_t>(16 / element_size(dtype)) == 0;
+  DCA_REFUSE_IF(paired && (!aligned(rotary.cos) || !aligned(rotary.sin)),
+                "rotary_cos and rotary_sin must be aligned to 16 bytes on CUDA");
+  return {};
+}
+
+Status check_cuda_shape(const AttentionParams& p) {
+  constexpr int32_t kLargestHeadDim = 256;
+  DCA_REFUSE_IF(p.dtype == DType::Float32, "dtype must be BFloat16 or Float16 for attention on CUDA; got Float32");
+  DCA_REFUSE_IF(p.head_dim > kLargestHeadDim, "head_dim must be at most ", kLargestHeadDim, " on CUDA; got ",
+                p.head_dim);
+  return check_head_dim_vectors(p.head_dim, p.dtype);
+}
+
 // --- Values, where the host may read them ---
 
 Status check_cu_seqlens(const char* name, const int32_t* cu_seqlens, int32_t batch, int64_t total, int32_t max_seqlen) {
@@ -201,16 +237,14 @@ Status check(const AttentionParams& p) {
                 p.num_splits);
   DCA_REFUSE_IF(p.original_max_position_embeddings < 0, "original_max_position_embeddings must not be negative; got ",
                 p.original_max_position_embeddings);
-  if (p.exec.device == Device::Cpu) return check_values(p);
-  return {};
+  return p.exec.device == Device::Cpu ? check_values(p) : check_cuda_shape(p);
 }
 
 Status check(const RotateKeysParams& p) {
   DCA_RETURN_IF_REFUSED(check_heads(p.num_heads_kv, p.num_heads_kv, p.head_dim));
   DCA_RETURN_IF_REFUSED(check_common(p));
   DCA_REFUSE_IF(p.seqlen_k < 0, "seqlen_k must not be negative; got ", p.seqlen_k);
-  if (p.exec.device == Device::Cpu) return check_values(p);
-  return {};
+  return p.exec.device == Device::Cpu ? check_values(p) : check_head_dim_vectors(p.head_dim, p.dtype);
 }
 
 Status check(const AppendParams& p) {
@@ -220,8 +254,7 @@ Status check(const AppendParams& p) {
                 "seqlen_k and cache_slots must not be negative; got seqlen_k=", p.seqlen_k,
                 ", cache_slots=", p.cache_slots);
   DCA_RETURN_IF_REFUSED(check_pages(p.pages, p.exec.device, p.cache_slots));
-  if (p.exec.device == Device::Cpu) return check_values(p);
-  return {};
+  return p.exec.device == Device::Cpu ? check_values(p) : check_head_dim_vectors(p.head_dim, p.dtype);
 }
 
 Status check(const MergeParams& p) {
@@ -243,21 +276,38 @@ Status check_pointers(const AttentionParams& p) {
   const int64_t keys = p.cu_seqlens_k != nullptr       ? p.total_k
                        : p.pages.page_table != nullptr ? p.pages.num_pages
                                                        : p.seqlen_k;
-  if (keys == 0) return {};
-  DCA_RETURN_IF_REFUSED(check_not_null("k", p.k.data));
-  return check_not_null("v", p.v.data);
+  if (keys > 0) {
+    DCA_RETURN_IF_REFUSED(check_not_null("k", p.k.data));
+    DCA_RETURN_IF_REFUSED(check_not_null("v", p.v.data));
+  }
+  if (p.exec.device == Device::Cpu) return {};
+  DCA_RETURN_IF_REFUSED(check_vectors("q", p.q.data, p.q.stride, p.dtype));
+  DCA_RETURN_IF_REFUSED(check_vectors("k", p.k.data, p.k.stride, p.dtype));
+  DCA_RETURN_IF_REFUSED(check_vectors("v", p.v.data, p.v.stride, p.dtype));
+  DCA_RETURN_IF_REFUSED(check_vectors("out", p.out.data, p.out.stride, p.dtype));
+  return check_rotary_vectors(p.rotary, p.dtype);
 }
 
 Status check_pointers(const RotateKeysParams& p) {
   DCA_RETURN_IF_REFUSED(check_not_null("k", p.k.data));
-  return check_not_null("out", p.out.data);
+  DCA_RETURN_IF_REFUSED(check_not_null("out", p.out.data));
+  if (p.exec.device == Device::Cpu) return {};
+  DCA_RETURN_IF_REFUSED(check_vectors("k", p.k.data, p.k.stride, p.dtype));
+  DCA_RETURN_IF_REFUSED(check_vectors("out", p.out.data, p.out.stride, p.dtype));
+  return check_rotary_vectors(p.rotary, p.dtype);
 }
 
 Status check_pointers(const AppendParams& p) {
   DCA_RETURN_IF_REFUSED(check_not_null("k", p.k.data));
   DCA_RETURN_IF_REFUSED(check_not_null("v", p.v.data));
   DCA_RETURN_IF_REFUSED(check_not_null("k_cache", p.k_cache.data));
-  return check_not_null("v_cache", p.v_cache.data);
+  DCA_RETURN_IF_REFUSED(check_not_null("v_cache", p.v_cache.data));
+  if (p.exec.device == Device::Cpu) return {};
+  DCA_RETURN_IF_REFUSED(check_vectors("k", p.k.data, p.k.stride, p.dtype));
+  DCA_RETURN_IF_REFUSED(check_vectors("v", p.v.data, p.v.stride, p.dtype));
+  DCA_RETURN_IF_REFUSED(check_vectors("k_cache", p.k_cache.data, p.k_cache.stride, p.dtype));
+  DCA_RETURN_IF_REFUSED(check_vectors("v_cache", p.v_cache.data, p.v_cache.stride, p.dtype));
+  return check_rotary_vectors(p.rotary, p.dtype);
 }
 
 Status check_pointers(const MergeParams& p) {

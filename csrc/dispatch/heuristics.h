@@ -33,4 +33,38 @@ constexpr int32_t cpu_num_splits(int64_t num_tiles, int32_t num_threads, int32_t
   return static_cast<int32_t>(std::clamp<int64_t>(wanted, 1, std::max(1, max_kv_len / 512)));
 }
 
+// --- CUDA ---
+
+/// Decode tiles have 16 rows, what one mma.sync computes at the least.
+inline constexpr int32_t kCudaDecodeRows = 16;
+
+constexpr bool cuda_prefers_decode_tiles(int32_t group, int32_t seqlen_q) {
+  return static_cast<int64_t>(group) * seqlen_q <= kCudaDecodeRows;
+}
+
+/// Rows of a CUDA tile: `heads` query heads of one KV head at each of `positions` positions.
+struct CudaTileShape {
+  int32_t heads;
+  int32_t positions;
+};
+
+/// Where one head has rows enough for a tile, a tile is one head's: the keys that its neighbours read are in L2. Else
+/// the heads of the group share a tile, and the keys are read once for all of them.
+constexpr CudaTileShape cuda_tile_shape(int32_t group, int32_t seqlen_q, int32_t block_m) {
+  if (seqlen_q >= block_m) return {1, block_m};
+  const int32_t heads = std::min(group, block_m);
+  return {heads, block_m / heads};
+}
+
+/// Key splits per tile on a device that holds `num_slots` CTAs at a time. Split only where the tiles leave slots empty;
+/// then fill them once, with at least 256 keys of the cache's capacity in each split: each writes its partial result in
+/// fp32, and the last wave of a grid that is a little too large costs as much as the first.
+constexpr int32_t cuda_num_splits(int64_t num_tiles, int32_t num_slots, int32_t max_kv_len) {
+  constexpr int32_t kMaxSplits = 128;
+  constexpr int32_t kMinKeys = 256;
+  if (num_tiles <= 0 || num_tiles * 5 >= static_cast<int64_t>(num_slots) * 4) return 1;
+  const int64_t wanted = num_slots / num_tiles;
+  return static_cast<int32_t>(std::clamp<int64_t>(wanted, 1, std::clamp(max_kv_len / kMinKeys, 1, kMaxSplits)));
+}
+
 }  // namespace dca

@@ -1,5 +1,6 @@
 // The operators of the namespace dca_ext on LibTorch's stable ABI: tensors in, checks, allocation of the outputs, one
 // call into the torch-free core. dca_ext/functional.py is their public face and documents shapes.
+#include "device_scope.h"
 #include "tensor_args.h"
 
 #include <tuple>
@@ -8,13 +9,6 @@
 namespace dca::torch_ops {
 
 namespace {
-
-void run_on_torch_threads(int32_t num_threads, void (*worker)(int32_t, void*), void* context) {
-  // torch gives each of its threads one range of indices; each range may hold several workers.
-  torch::stable::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) worker(static_cast<int32_t>(i), context);
-  });
-}
 
 int64_t int_or(const OptionalTensor& t, int64_t value) { return t.has_value() ? 0 : value; }
 
@@ -26,15 +20,6 @@ SegmentSelection segment_selection(int64_t segment) {
 
 }  // namespace
 
-Execution execution_of(const Tensor& q) {
-  static thread_local Threading threading;
-  threading = {static_cast<int32_t>(torch::stable::get_num_threads()), run_on_torch_threads};
-  Execution exec;
-  exec.device = q.is_cpu() ? Device::Cpu : Device::Cuda;
-  exec.threading = &threading;
-  return exec;
-}
-
 std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor rotary_cos, Tensor rotary_sin,
                                      int64_t chunk_len, int64_t max_position, int64_t segment,
                                      OptionalTensor cu_seqlens_q, int64_t max_seqlen_q, OptionalTensor cu_seqlens_k,
@@ -45,8 +30,9 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor rotary
                                      bool return_lse) {
   const bool ragged_q = cu_seqlens_q.has_value();
   const bool ragged_k = cu_seqlens_k.has_value();
+  const DeviceScope scope(q);
   AttentionParams p;
-  p.exec = execution_of(q);
+  p.exec = scope.execution();
   p.dtype = dtype_of("q", q);
   check_like("q", q, q, ragged_q ? 3 : 4);
   check_like("k (or k_cache)", k, q, ragged_k ? 3 : 4);
@@ -104,6 +90,15 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor rotary
                            : torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
   p.out = ref(out);
   p.lse = return_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
+  // The CPU keeps its own scratch; on CUDA all memory is torch's, so that it is reused and can be captured in a graph.
+  std::optional<Tensor> workspace;
+  if (p.exec.device == Device::Cuda) {
+    check_status(dca::attention_workspace_bytes(p, &p.workspace_bytes));
+    if (p.workspace_bytes > 0) {
+      workspace = torch::stable::new_empty(q, {static_cast<int64_t>(p.workspace_bytes)}, ScalarType::Byte);
+      p.workspace = workspace->mutable_data_ptr();
+    }
+  }
   check_status(dca::attention(p));
   return {out, lse};
 }
@@ -112,12 +107,12 @@ namespace {
 
 // What rotate_keys and rotate_and_append_kv share: new rows of k, and where they go.
 template <class Params>
-void fill_new_rows(Params& p, const Tensor& k, const Tensor& rotary_cos, const Tensor& rotary_sin, int64_t chunk_len,
-                   int64_t max_position, const OptionalTensor& cu_seqlens, int64_t max_seqlen,
-                   const OptionalTensor& cache_seqlens, int64_t cache_seqlen, const OptionalTensor& cache_leftpad,
-                   bool interleaved) {
+void fill_new_rows(Params& p, const DeviceScope& scope, const Tensor& k, const Tensor& rotary_cos,
+                   const Tensor& rotary_sin, int64_t chunk_len, int64_t max_position, const OptionalTensor& cu_seqlens,
+                   int64_t max_seqlen, const OptionalTensor& cache_seqlens, int64_t cache_seqlen,
+                   const OptionalTensor& cache_leftpad, bool interleaved) {
   const bool ragged = cu_seqlens.has_value();
-  p.exec = execution_of(k);
+  p.exec = scope.execution();
   p.dtype = dtype_of("k", k);
   check_like("k", k, k, ragged ? 3 : 4);
   const int64_t batch = ragged ? cu_seqlens->size(0) - 1 : k.size(0);
@@ -141,8 +136,9 @@ void fill_new_rows(Params& p, const Tensor& k, const Tensor& rotary_cos, const T
 Tensor rotate_keys(Tensor k, Tensor rotary_cos, Tensor rotary_sin, int64_t chunk_len, int64_t max_position,
                    OptionalTensor cu_seqlens, int64_t max_seqlen, OptionalTensor cache_seqlens, int64_t cache_seqlen,
                    OptionalTensor cache_leftpad, bool interleaved) {
+  const DeviceScope scope(k);
   RotateKeysParams p;
-  fill_new_rows(p, k, rotary_cos, rotary_sin, chunk_len, max_position, cu_seqlens, max_seqlen, cache_seqlens,
+  fill_new_rows(p, scope, k, rotary_cos, rotary_sin, chunk_len, max_position, cu_seqlens, max_seqlen, cache_seqlens,
                 cache_seqlen, cache_leftpad, interleaved);
   Tensor out = k.dim() == 3 ? torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2)})
                             : torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2), k.size(3)});
@@ -155,8 +151,9 @@ void rotate_and_append_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Te
                           int64_t chunk_len, int64_t max_position, OptionalTensor cu_seqlens, int64_t max_seqlen,
                           OptionalTensor cache_seqlens, int64_t cache_seqlen, OptionalTensor cache_leftpad,
                           OptionalTensor pages, bool interleaved) {
+  const DeviceScope scope(k);
   AppendParams p;
-  fill_new_rows(p, k, rotary_cos, rotary_sin, chunk_len, max_position, cu_seqlens, max_seqlen, cache_seqlens,
+  fill_new_rows(p, scope, k, rotary_cos, rotary_sin, chunk_len, max_position, cu_seqlens, max_seqlen, cache_seqlens,
                 cache_seqlen, cache_leftpad, interleaved);
   check_like("v", v, k, k.dim());
   check_like("k_cache", k_cache, k, 4);
@@ -190,8 +187,9 @@ std::tuple<Tensor, Tensor> merge_attention_states(std::vector<Tensor> outs, std:
     refuse("outs must have shape (batch, seqlen, num_heads, head_dim) or (total, num_heads, head_dim); got " +
            shape_of(first));
   }
+  const DeviceScope scope(first);
   MergeParams p;
-  p.exec = execution_of(first);
+  p.exec = scope.execution();
   p.dtype = dtype_of("outs", first);
   p.num_parts = to_int32("the number of parts", static_cast<int64_t>(outs.size()));
   p.batch = ragged ? 1 : first.size(0);

@@ -152,7 +152,4 @@ inline ChunkGeometry chunk_geometry(int64_t chunk_len, int64_t max_position) {
   return {to_int32("chunk_len", chunk_len), to_int32("max_position", max_position)};
 }
 
-/// The device of `q`, and torch's own thread pool.
-Execution execution_of(const Tensor& q);
-
 }  // namespace dca::torch_ops

@@ -1,109 +1,14 @@
 // rotate_keys and rotate_and_append_kv: every written element against the reference, every other one untouched.
 #include <gtest/gtest.h>
 
-#include <algorithm>
-#include <cmath>
-#include <numeric>
-#include <random>
 #include <vector>
 
-#include "attention_problem.h"
+#include "append_problem.h"
 
 namespace dca::testing {
 namespace {
 
 constexpr DType kDTypes[] = {DType::Float32, DType::BFloat16, DType::Float16};
-constexpr double kLargestInput = 6.0;  // of a few thousand normal numbers
-
-struct AppendShape {
-  DType dtype = DType::Float32;
-  ChunkGeometry chunk{16, 23};
-  int32_t num_heads_kv = 2;
-  int32_t head_dim = 64;
-  int32_t half_rotary_dim = 32;
-  bool interleaved = false;
-  std::vector<int32_t> new_rows = {5, 5, 5};
-  std::vector<int32_t> before = {0, 13, 31};
-  std::vector<int32_t> leftpads;
-  bool ragged = false;
-  int32_t page_size = 0;  // 0: not paged
-};
-
-struct AppendProblem {
-  AppendShape shape;
-  std::vector<int32_t> cu_seqlens = {0};
-  std::vector<int32_t> page_table;
-  Tables tables;
-  Tensor k, v, k_cache, v_cache;
-  AppendParams p;
-
-  explicit AppendProblem(const AppendShape& s) : shape(s) {
-    const int32_t batch = static_cast<int32_t>(s.new_rows.size());
-    for (const int32_t n : s.new_rows) cu_seqlens.push_back(cu_seqlens.back() + n);
-    tables = Tables(s.chunk.max_position + 1, s.half_rotary_dim);
-    k = Tensor(s.dtype, s.ragged ? 1 : batch, s.ragged ? cu_seqlens.back() : s.new_rows[0], s.num_heads_kv, s.head_dim);
-    v = k;
-    std::mt19937 random(5);
-    k.randomize(random);
-    v.randomize(random);
-    p.dtype = s.dtype;
-    p.chunk = s.chunk;
-    p.batch = batch;
-    p.num_heads_kv = s.num_heads_kv;
-    p.head_dim = s.head_dim;
-    p.seqlen_k = *std::max_element(s.new_rows.begin(), s.new_rows.end());
-    p.k = k.ref();
-    p.v = v.ref();
-    if (s.ragged) {
-      p.cu_seqlens_k = cu_seqlens.data();
-      p.total_k = cu_seqlens.back();
-    }
-    p.cache_seqlens = shape.before.data();
-    if (!s.leftpads.empty()) p.cache_leftpad = shape.leftpads.data();
-    p.rotary = {tables.cos.data(), tables.sin.data(), s.chunk.max_position + 1, s.half_rotary_dim, s.interleaved};
-    build_caches(batch);
-  }
-
-  void build_caches(int32_t batch) {
-    constexpr int32_t kSlots = 40;
-    int64_t blocks = batch;
-    int32_t rows = kSlots;
-    if (shape.page_size > 0) {
-      const int32_t pages = (kSlots + shape.page_size - 1) / shape.page_size;
-      rows = shape.page_size;
-      blocks = static_cast<int64_t>(batch) * pages;
-      page_table.resize(static_cast<size_t>(blocks));
-      std::iota(page_table.rbegin(), page_table.rend(), 0);  // the last page first
-      p.pages = {page_table.data(), pages, pages, shape.page_size, blocks};
-    }
-    k_cache = v_cache = Tensor(shape.dtype, blocks, rows, shape.num_heads_kv, shape.head_dim);
-    p.cache_slots = shape.page_size > 0 ? p.pages.max_pages * shape.page_size : kSlots;
-    p.k_cache = k_cache.mutable_ref();
-    p.v_cache = v_cache.mutable_ref();
-  }
-
-  // The caches hold NaN everywhere at first, so a stray write shows as a number in a place that no row owns.
-  void expect_matches_reference() {
-    ASSERT_TRUE(rotate_and_append_kv(p).ok());
-    const auto rows = reference::rotate_and_append_kv(p);
-    for (const auto& row : rows) {
-      std::vector<double> key, value;
-      for (int32_t c = 0; c < p.head_dim; ++c) {
-        key.push_back(k_cache.at(row.k_offset + c));
-        value.push_back(v_cache.at(row.v_offset + c));
-        k_cache.set(row.k_offset + c, NAN);
-        v_cache.set(row.v_offset + c, NAN);
-      }
-      ASSERT_TRUE(accepted(error_rule::rotation(key, row.key, kLargestInput, p.dtype)));
-      ASSERT_EQ(value, row.value) << "values are copied as they are";
-    }
-    for (const Tensor* cache : {&k_cache, &v_cache}) {
-      ASSERT_TRUE(cache->gaps_are_nan());
-      for (const double x : cache->values()) ASSERT_TRUE(std::isnan(x)) << "written where no new row belongs";
-    }
-  }
-};
-
 TEST(Append, ContiguousCacheAcrossChunkBorders) {
   for (const DType dtype : kDTypes) {
     AppendShape shape;
@@ -171,29 +76,6 @@ TEST(Append, FillsTheCacheToItsLastSlot) {
 }
 
 // --- rotate_keys ---
-
-void expect_rotated(const AppendShape& shape) {
-  AppendProblem source(shape);
-  Tensor out = source.k;
-  for (const auto& byte : out.bytes()) const_cast<uint8_t&>(byte) = 0xff;  // NaN in every dtype
-  RotateKeysParams p;
-  p.dtype = shape.dtype;
-  p.chunk = shape.chunk;
-  p.batch = source.p.batch;
-  p.num_heads_kv = shape.num_heads_kv;
-  p.head_dim = shape.head_dim;
-  p.seqlen_k = source.p.seqlen_k;
-  p.total_k = source.p.total_k;
-  p.k = source.k.ref();
-  p.out = out.mutable_ref();
-  p.cu_seqlens_k = source.p.cu_seqlens_k;
-  p.cache_seqlens = source.p.cache_seqlens;
-  p.cache_leftpad = source.p.cache_leftpad;
-  p.rotary = source.p.rotary;
-  ASSERT_TRUE(rotate_keys(p).ok());
-  EXPECT_TRUE(accepted(error_rule::rotation(out.values(), reference::rotate_keys(p), kLargestInput, p.dtype)));
-  EXPECT_TRUE(out.gaps_are_nan());
-}
 
 TEST(AppendRotateKeys, MatchesTheReference) {
   for (const DType dtype : kDTypes) {

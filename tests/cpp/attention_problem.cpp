@@ -10,8 +10,6 @@ namespace dca::testing {
 namespace {
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-constexpr int32_t kHeadGap = 3;  // odd: no row but the first is aligned to a vector
-constexpr int32_t kRowGap = 5;
 constexpr int32_t kHugePage = 1 << 30;  // reading it is a crash
 
 }  // namespace
@@ -20,8 +18,8 @@ constexpr int32_t kHugePage = 1 << 30;  // reading it is a crash
 
 Tensor::Tensor(DType dtype, int64_t batch, int64_t rows, int32_t heads, int32_t dim)
     : dtype_(dtype), batch_(batch), rows_(rows), heads_(heads), dim_(dim) {
-  stride_.head = dim + kHeadGap;
-  stride_.row = heads * stride_.head + kRowGap;
+  stride_.head = dim + tensor_gaps(dtype).head;
+  stride_.row = heads * stride_.head + tensor_gaps(dtype).row;
   stride_.batch = (rows + 1) * stride_.row;
   const int64_t count = std::max<int64_t>(1, batch * stride_.batch);
   bytes_.resize(static_cast<size_t>(count) * element_size(dtype));
@@ -209,19 +207,30 @@ AttentionParams AttentionProblem::params() {
   return p;
 }
 
+HostBuffers AttentionProblem::buffers() const {
+  return {buffer_of(q_.bytes()),    buffer_of(k_.bytes()),     buffer_of(v_.bytes()),  buffer_of(out_.bytes()),
+          buffer_of(lse_),          buffer_of(tables_.cos),    buffer_of(tables_.sin), buffer_of(cu_seqlens_q_),
+          buffer_of(cu_seqlens_k_), buffer_of(cache_seqlens_), buffer_of(page_table_), buffer_of(shape_.leftpads)};
+}
+
 ::testing::AssertionResult AttentionProblem::matches_reference(AttentionParams params,
-                                                               const std::vector<int32_t>& split_counts) {
+                                                               const std::vector<int32_t>& split_counts,
+                                                               const HostBuffers& more) {
+  HostBuffers all = buffers();
+  all.insert(all.end(), more.begin(), more.end());
   const auto exact = reference::attention(params);
   reference::AttentionResult baseline;
   if (shape_.dtype != DType::Float32) baseline = reference::attention_baseline(params);
+  const std::vector<double> lse_baseline = rounds_queries() ? baseline.lse : std::vector<double>();
   for (const int32_t num_splits : split_counts) {
     forget_results();
     params.num_splits = num_splits;
     const std::string what = " (" + to_string(shape_) + ", num_splits " + std::to_string(num_splits) + ")";
-    if (const Status status = attention(params); !status.ok()) return ::testing::AssertionFailure() << status.message();
+    if (const Status status = run_operator(params, all); !status.ok())
+      return ::testing::AssertionFailure() << status.message();
     if (auto ok = accepted(error_rule::attention(out(), exact.out, baseline.out, shape_.dtype)); !ok) return ok << what;
     if (params.lse != nullptr) {
-      if (auto ok = accepted(error_rule::lse(lse(), exact.lse)); !ok) return ok << what;
+      if (auto ok = accepted(error_rule::lse(lse(), exact.lse, lse_baseline)); !ok) return ok << what;
     }
     if (!out_.gaps_are_nan()) return ::testing::AssertionFailure() << "written between the rows of out" << what;
   }

@@ -11,6 +11,7 @@
 #include "dca/dca.h"
 #include "error_rule.h"
 #include "reference.h"
+#include "run_operator.h"
 
 namespace dca::testing {
 
@@ -104,7 +105,12 @@ class AttentionProblem {
   }
 
   /// The same for several values of num_splits: the exact result is one.
-  ::testing::AssertionResult matches_reference(AttentionParams params, const std::vector<int32_t>& split_counts);
+  /// `more` is memory that the test itself gave to the parameters.
+  ::testing::AssertionResult matches_reference(AttentionParams params, const std::vector<int32_t>& split_counts,
+                                               const HostBuffers& more = {});
+
+  /// All memory that params() points into.
+  HostBuffers buffers() const;
 
  private:
   void build_queries(std::mt19937& random);

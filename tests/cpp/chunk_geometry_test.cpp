@@ -143,6 +143,27 @@ TEST(SegmentIterator, VisitsEveryVisibleKeyOnceInItsSegment) {
   });
 }
 
+TEST(QueryTiles, AreTheTilesOneAfterTheOther) {
+  for_each_geometry(7, [](ChunkGeometry geometry) {
+    for (int32_t begin = 0; begin < 16; ++begin) {
+      for (int32_t end = begin; end < 33; ++end) {
+        for (const int32_t block_m : {1, 2, 3, 5, 8, 40}) {
+          const QueryTiles tiles(geometry, begin, end, block_m);
+          int32_t position = begin;
+          for (int32_t i = 0; i < tiles.count(); ++i) {
+            const KeyRange tile = tiles.tile(i);
+            ASSERT_EQ(tile.begin, position);
+            ASSERT_EQ(tile.end, geometry.tile_end(position, block_m, end));
+            position = tile.end;
+          }
+          ASSERT_EQ(position, end);
+          ASSERT_LE(tiles.count(), QueryTiles::max_count(geometry, end - begin, block_m));
+        }
+      }
+    }
+  });
+}
+
 // --- The far end of 32 bits ---
 
 TEST(ChunkGeometry, DoesNotOverflowNearTheLargestPosition) {
@@ -166,6 +187,8 @@ TEST(ChunkGeometry, DoesNotOverflowNearTheLargestPosition) {
       int64_t keys = 0;
       for (SegmentIterator it(geometry, i, i + 1); !it.done(); it.next()) keys += it.keys().size();
       EXPECT_EQ(keys, static_cast<int64_t>(i) + 1);
+      const QueryTiles tiles(geometry, i - 1, i + 1, 128);
+      EXPECT_EQ(tiles.tile(tiles.count() - 1).end, i + 1);
     }
   }
 }

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 namespace dca {
 namespace {
 
@@ -38,6 +40,43 @@ TEST(Heuristics, SplitsFeedEveryThreadAndAreNotShort) {
         ASSERT_TRUE(all_threads_busy || no_room_for_more);
         // One split fewer would leave threads without work.
         ASSERT_TRUE(splits == 1 || tiles * (splits - 1) < 4LL * threads);
+      }
+    }
+  }
+}
+
+// --- CUDA ---
+
+TEST(Heuristics, CudaTilesHoldWholeRowsOfHeads) {
+  for (const int32_t block_m : {16, 64, 128}) {
+    for (const int32_t group : {1, 2, 3, 8, 16, 71, 200}) {
+      for (const int32_t seqlen_q : {1, 2, 15, 16, 64, 127, 128, 5000}) {
+        const CudaTileShape shape = cuda_tile_shape(group, seqlen_q, block_m);
+        ASSERT_GE(shape.heads, 1);
+        ASSERT_GE(shape.positions, 1);
+        ASSERT_LE(shape.heads * shape.positions, block_m);
+        ASSERT_LE(shape.heads, group);
+        // The whole group shares a tile where one head has no rows enough to fill it.
+        ASSERT_TRUE(seqlen_q >= block_m ? shape.heads == 1 : shape.heads == std::min(group, block_m));
+      }
+    }
+  }
+  EXPECT_TRUE(cuda_prefers_decode_tiles(8, 2));
+  EXPECT_FALSE(cuda_prefers_decode_tiles(8, 3));
+  EXPECT_FALSE(cuda_prefers_decode_tiles(INT32_MAX, INT32_MAX));
+}
+
+TEST(Heuristics, CudaSplitsFillTheDeviceOnceAndAreNotShort) {
+  for (const int64_t tiles : {1, 8, 32, 100, 263, 264, 5000}) {
+    for (const int32_t slots : {1, 80, 216, 264}) {
+      for (const int32_t kv_len : {0, 255, 512, 40000, 1 << 20, INT32_MAX}) {
+        const int32_t splits = cuda_num_splits(tiles, slots, kv_len);
+        ASSERT_GE(splits, 1);
+        ASSERT_LE(splits, 128);
+        ASSERT_TRUE(splits == 1 || kv_len / splits >= 256);
+        ASSERT_TRUE(splits == 1 || tiles * splits <= slots) << "a second wave";
+        // Most of the slots are in use, or there are keys or splits no more.
+        ASSERT_TRUE(2 * tiles * splits > slots || splits == 128 || kv_len / 256 <= splits);
       }
     }
   }

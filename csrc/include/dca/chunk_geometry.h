@@ -87,6 +87,53 @@ struct ChunkGeometry {
   }
 };
 
+/// The query tiles of the positions [begin, end), by index: at most `block_m` positions each, none across a chunk
+/// border.
+class QueryTiles {
+ public:
+  DCA_HOST_DEVICE constexpr QueryTiles(ChunkGeometry geometry, int32_t begin, int32_t end, int32_t block_m)
+      : geometry_(geometry), begin_(begin), end_(end), block_m_(block_m) {
+    if (end <= begin) return;
+    const int32_t chunk_len = geometry.chunk_len;
+    const int64_t border = geometry.chunk_end(begin);
+    first_len_ = static_cast<int32_t>(border < end ? border : end) - begin;
+    in_first_ = ceil_div(first_len_, block_m);
+    in_chunk_ = ceil_div(chunk_len, block_m);
+    const int32_t behind = end - begin - first_len_;
+    count_ = in_first_ + behind / chunk_len * in_chunk_ + ceil_div(behind % chunk_len, block_m);
+  }
+
+  DCA_HOST_DEVICE constexpr int32_t count() const { return count_; }
+
+  /// Positions of tile `index`, 0 <= index < count().
+  DCA_HOST_DEVICE constexpr KeyRange tile(int32_t index) const {
+    int32_t begin = begin_ + index * block_m_;
+    if (index >= in_first_) {
+      const int32_t behind = index - in_first_;
+      begin = begin_ + first_len_ + behind / in_chunk_ * geometry_.chunk_len + behind % in_chunk_ * block_m_;
+    }
+    return {begin, geometry_.tile_end(begin, block_m_, end_)};
+  }
+
+  /// The most tiles that `seqlen` positions can have, wherever they begin: each border between them cuts one tile in
+  /// two.
+  DCA_HOST_DEVICE static constexpr int64_t max_count(ChunkGeometry geometry, int32_t seqlen, int32_t block_m) {
+    return seqlen <= 0 ? 0 : static_cast<int64_t>(ceil_div(seqlen, block_m)) + ceil_div(seqlen - 1, geometry.chunk_len);
+  }
+
+ private:
+  DCA_HOST_DEVICE static constexpr int32_t ceil_div(int32_t a, int32_t b) { return a / b + (a % b != 0 ? 1 : 0); }
+
+  ChunkGeometry geometry_;
+  int32_t begin_;
+  int32_t end_;
+  int32_t block_m_;
+  int32_t first_len_ = 0;  // positions in the first chunk
+  int32_t in_first_ = 0;   // tiles in it
+  int32_t in_chunk_ = 1;   // tiles in a whole chunk
+  int32_t count_ = 0;
+};
+
 /// Which segments an operation walks.
 enum class SegmentSelection : int32_t { All = -1, Intra = 0, Successive = 1, Inter = 2 };
 

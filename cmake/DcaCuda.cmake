@@ -1,0 +1,58 @@
+# The CUDA part of the build: nvcc, its flags, and the object library dca_kernels, the only one that sees CuTe.
+set(DCA_CUDA_ARCHITECTURES "80;90" CACHE STRING "Compute capabilities to compile machine code for; the first also as PTX")
+option(DCA_CUDA_STATIC_RUNTIME "Link the CUDA runtime into what is built (OFF: libcudart as a shared library)" ON)
+
+# Flags are given in full below. CMake's own check of the compiler would build for a default architecture.
+set(CMAKE_CUDA_ARCHITECTURES OFF)
+set(CMAKE_CUDA_RUNTIME_LIBRARY None)
+enable_language(CUDA)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.4)
+  message(FATAL_ERROR "DCA_CUDA=ON needs nvcc 12.4 or newer; found ${CMAKE_CUDA_COMPILER_VERSION}.")
+endif()
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)  # what a kernel remembers of its module must not be shared with another library
+
+get_filename_component(_nvcc_bin "${CMAKE_CUDA_COMPILER}" REALPATH)
+find_package(CUDAToolkit QUIET)
+if(DCA_CUDA_STATIC_RUNTIME)
+  set(DCA_CUDART CUDA::cudart_static)
+else()
+  set(DCA_CUDART CUDA::cudart)
+endif()
+if(NOT TARGET ${DCA_CUDART})
+  message(FATAL_ERROR "DCA_CUDA=ON found nvcc (${_nvcc_bin}) but no CUDA runtime library beside it.")
+endif()
+
+include(FindCutlass)
+string(REPLACE ";" ", " DCA_CUDA_ARCHITECTURES_TEXT "${DCA_CUDA_ARCHITECTURES}")
+list(TRANSFORM DCA_CUDA_ARCHITECTURES PREPEND "sm_" OUTPUT_VARIABLE _names)
+string(REPLACE ";" "," DCA_CUDA_ARCHITECTURES_TEXT "${_names}")
+include(KernelInstances)
+message(STATUS "Compiling ${DCA_INSTANCE_COUNT} CUDA attention kernels for ${DCA_CUDA_ARCHITECTURES_TEXT}, "
+               "nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
+
+set(DCA_CUDA_GENCODE "")
+list(GET DCA_CUDA_ARCHITECTURES 0 _first)
+foreach(architecture IN LISTS DCA_CUDA_ARCHITECTURES)
+  if(architecture STREQUAL _first)
+    list(APPEND DCA_CUDA_GENCODE "SHELL:-gencode arch=compute_${architecture},code=[sm_${architecture},compute_${architecture}]")
+  else()
+    list(APPEND DCA_CUDA_GENCODE "SHELL:-gencode arch=compute_${architecture},code=sm_${architecture}")
+  endif()
+endforeach()
+
+# A spill to local memory is an error of ours, so it fails the build; -v leaves registers and shared memory of every
+# kernel in the log.
+add_library(dca_kernels OBJECT
+  csrc/kernels/common/combine.cu
+  csrc/kernels/common/device.cu
+  csrc/kernels/common/merge.cu
+  csrc/kernels/common/rotate.cu
+  ${DCA_INSTANCE_SOURCES})
+target_include_directories(dca_kernels PRIVATE csrc/dispatch csrc/kernels/common csrc/kernels/sm80
+                                               ${CUDAToolkit_INCLUDE_DIRS})
+target_link_libraries(dca_kernels PRIVATE dca_headers dca_cutlass)
+target_compile_options(dca_kernels PRIVATE
+  $<$<COMPILE_LANGUAGE:CUDA>:${DCA_CUDA_GENCODE} --expt-relaxed-constexpr -Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage
+  -Werror=all-warnings -lineinfo>)

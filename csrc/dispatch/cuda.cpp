@@ -1,0 +1,135 @@
+// CUDA calls: from shapes and the device to a compiled instance and a plan. Nothing here depends on values in device
+// memory, so that a captured CUDA graph serves every length.
+#include <algorithm>
+#include <string>
+
+#include "backends.h"
+#include "heuristics.h"
+#include "kernels.h"
+
+namespace dca::cuda {
+namespace {
+
+int64_t total_rows(const AttentionParams& p) {
+  return p.cu_seqlens_q != nullptr ? p.total_q : static_cast<int64_t>(p.batch) * p.seqlen_q;
+}
+
+// The smallest head_dim that holds the call's; nullptr: none.
+const AttentionInstance* find_instance(const AttentionParams& p, TileKind kind) {
+  const AttentionInstance* best = nullptr;
+  for (int32_t i = 0; i < kNumAttentionInstances; ++i) {
+    const AttentionInstance& instance = kAttentionInstances[i];
+    const bool fits = instance.kind == kind && instance.dtype == p.dtype && instance.head_dim >= p.head_dim;
+    if (fits && (best == nullptr || instance.head_dim < best->head_dim)) best = &instance;
+  }
+  return best;
+}
+
+std::string name_of(const AttentionInstance& instance) {
+  return std::string(instance.architecture) + (instance.kind == TileKind::Prefill ? "/prefill" : "/decode") +
+         (instance.dtype == DType::BFloat16 ? "/bf16/" : "/fp16/") + std::to_string(instance.head_dim);
+}
+
+Status no_instance(const AttentionParams& p) {
+  std::string built;
+  for (int32_t i = 0; i < kNumAttentionInstances; ++i) built += (i > 0 ? ", " : "") + name_of(kAttentionInstances[i]);
+  return {StatusCode::Unavailable, "this build of dca has no CUDA kernel for head_dim " + std::to_string(p.head_dim) +
+                                       (p.dtype == DType::BFloat16 ? " in bfloat16" : " in float16") + "; it has " +
+                                       built};
+}
+
+struct Choice {
+  const AttentionInstance* instance = nullptr;
+  AttentionPlan plan;
+};
+
+Status choose(const AttentionParams& p, Choice* choice) {
+  DeviceProperties device;
+  if (Status status = current_device(&device); !status.ok()) return status;
+  if (device.major < 8) {
+    return {StatusCode::Unavailable, "the CUDA kernels need a GPU of compute capability 8.0 or newer; this one has " +
+                                         std::to_string(device.major) + "." + std::to_string(device.minor)};
+  }
+  const int32_t group = p.num_heads / p.num_heads_kv;
+  const bool few_rows = cuda_prefers_decode_tiles(group, p.seqlen_q);
+  const TileKind wanted = few_rows ? TileKind::Decode : TileKind::Prefill;
+  const TileKind other = few_rows ? TileKind::Prefill : TileKind::Decode;
+  choice->instance = find_instance(p, wanted);
+  if (choice->instance == nullptr) choice->instance = find_instance(p, other);  // any tile computes any shape
+  if (choice->instance == nullptr) return no_instance(p);
+
+  const CudaTileShape shape = cuda_tile_shape(group, p.seqlen_q, choice->instance->block_m);
+  AttentionPlan& plan = choice->plan;
+  plan.heads_per_tile = shape.heads;
+  plan.positions_per_tile = shape.positions;
+  plan.num_head_tiles = (group + shape.heads - 1) / shape.heads;
+  plan.num_query_tiles = static_cast<int32_t>(QueryTiles::max_count(p.chunk, p.seqlen_q, shape.positions));
+  const int64_t tiles = static_cast<int64_t>(plan.num_query_tiles) * p.batch * p.num_heads_kv * plan.num_head_tiles;
+  plan.num_splits = p.num_splits > 0
+                        ? p.num_splits
+                        : cuda_num_splits(tiles, device.multiprocessors * choice->instance->ctas_per_sm, p.seqlen_k);
+  return {};
+}
+
+size_t workspace_bytes(const AttentionParams& p, const AttentionPlan& plan) {
+  if (plan.num_splits <= 1) return 0;
+  const int64_t rows = plan.num_splits * total_rows(p) * p.num_heads;
+  return static_cast<size_t>(rows * (static_cast<int64_t>(p.head_dim) + 1)) * sizeof(float);
+}
+
+}  // namespace
+
+bool available() { return true; }
+
+Status unavailable() { return {}; }
+
+const char* architectures() { return compiled_architectures(); }
+
+Status attention(const AttentionParams& p) {
+  Choice choice;
+  if (Status status = choose(p, &choice); !status.ok()) return status;
+  AttentionPlan& plan = choice.plan;
+  if (const size_t bytes = workspace_bytes(p, plan); bytes > 0) {
+    if (p.workspace == nullptr || p.workspace_bytes < bytes) {
+      return {StatusCode::InvalidArgument, "workspace must have the " + std::to_string(bytes) +
+                                               " bytes that attention_workspace_bytes() says, for split keys; got " +
+                                               std::to_string(p.workspace == nullptr ? 0 : p.workspace_bytes)};
+    }
+    if (reinterpret_cast<uintptr_t>(p.workspace) % 16 != 0) {
+      return {StatusCode::InvalidArgument, "workspace must be aligned to 16 bytes"};
+    }
+    plan.out_accum = static_cast<float*>(p.workspace);
+    plan.lse_accum = plan.out_accum + plan.num_splits * total_rows(p) * p.num_heads * static_cast<int64_t>(p.head_dim);
+  }
+  if (Status status = choice.instance->launch(p, plan); !status.ok()) return status;
+  return plan.num_splits > 1 ? launch_combine(p, plan) : Status();
+}
+
+Status attention_workspace_bytes(const AttentionParams& p, size_t* bytes) {
+  Choice choice;
+  Status status = choose(p, &choice);
+  *bytes = status.ok() ? workspace_bytes(p, choice.plan) : 0;
+  return status;
+}
+
+Status describe_attention(const AttentionParams& p, std::string* kernel) {
+  Choice choice;
+  if (Status status = choose(p, &choice); !status.ok()) return status;
+  *kernel = "cuda/" + name_of(*choice.instance);
+  if (choice.plan.num_splits > 1) *kernel += "/splits=" + std::to_string(choice.plan.num_splits);
+  return {};
+}
+
+Status rotate_keys(const RotateKeysParams& p) { return launch_rotate_keys(p); }
+
+Status rotate_and_append_kv(const AppendParams& p) { return launch_rotate_and_append_kv(p); }
+
+Status merge_attention_states(const MergeParams& p) {
+  if (p.num_parts > kMaxMergeParts) {
+    return {StatusCode::InvalidArgument, "outs and lses must have at most " + std::to_string(kMaxMergeParts) +
+                                             " parts on CUDA; got " + std::to_string(p.num_parts)};
+  }
+  return launch_merge(p);
+}
+
+}  // namespace dca::cuda

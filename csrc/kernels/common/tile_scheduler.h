@@ -1,0 +1,127 @@
+// Which part of an attention call a CTA computes. The grid depends on shapes only; lengths are read here, on the
+// device.
+#pragma once
+
+#include <cutlass/fast_math.h>
+
+#include "dca/seqlen_info.h"
+#include "kernels.h"
+#include "key_blocks.h"
+
+namespace dca::cuda {
+
+/// What an attention kernel is launched with: the caller's parameters, the plan, and divisors made ready.
+struct AttentionArgs {
+  AttentionParams p;
+  AttentionPlan plan;
+  cutlass::FastDivmod heads_per_tile;
+  cutlass::FastDivmod page_size;
+  int64_t total_rows;  ///< query rows of all sequences
+
+  explicit AttentionArgs(const AttentionParams& params, const AttentionPlan& attention_plan)
+      : p(params),
+        plan(attention_plan),
+        heads_per_tile(attention_plan.heads_per_tile),
+        page_size(params.pages.page_table != nullptr ? params.pages.page_size : 1),
+        total_rows(params.cu_seqlens_q != nullptr ? params.total_q
+                                                  : static_cast<int64_t>(params.batch) * params.seqlen_q) {}
+
+  /// CTAs: query tile (slowest), split, sequence, KV head, head tile. So the heads that read one KV head run side by
+  /// side and find its keys in L2, and the longest tiles of all sequences start first.
+  int64_t num_ctas() const {
+    return static_cast<int64_t>(plan.num_query_tiles) * plan.num_splits * p.batch * p.num_heads_kv *
+           plan.num_head_tiles;
+  }
+};
+
+/// The tile of this CTA. It lies in shared memory: what all threads know alike should not cost each of them registers.
+struct WorkTile {
+  int32_t b;
+  int32_t kv_head;
+  int32_t head_begin;  ///< first query head
+  int32_t num_heads;   ///< query heads of the tile, at most heads_per_tile
+  int32_t split;
+  bool first_of_sequence;  ///< answers for the rows without a position as well
+  KeyRange positions;      ///< of the queries, within one chunk
+  KeyRanges ranges;        ///< of the keys of this split
+  SeqlenInfo seqlen;
+  float scale;    ///< on the logits
+  const void* k;  ///< keys of the KV head: logical key 0 of the sequence, or slot 0 of page 0
+  const void* v;  ///< its values
+
+  /// The tile of CTA `index`.
+  __device__ void assign(const AttentionArgs& args, int32_t index) {
+    const AttentionParams& p = args.p;
+    const AttentionPlan& plan = args.plan;
+    const auto take = [&](int32_t count) {
+      const int32_t digit = index % count;
+      index /= count;
+      return digit;
+    };
+    const int32_t group = p.num_heads / p.num_heads_kv;
+    const int32_t head_in_group = take(plan.num_head_tiles) * plan.heads_per_tile;
+    kv_head = take(p.num_heads_kv);
+    b = take(p.batch);
+    split = take(plan.num_splits);
+    head_begin = kv_head * group + head_in_group;
+    num_heads = min(plan.heads_per_tile, group - head_in_group);
+    seqlen = SeqlenInfo::of(p, b);
+    scale = logit_scale(p, seqlen, b);
+    k = first_row(p, p.k);
+    v = first_row(p, p.v);
+
+    // Later positions see more keys: the longest tile has the smallest index.
+    const QueryTiles tiles(p.chunk, seqlen.position(seqlen.first_row), seqlen.kv_len, plan.positions_per_tile);
+    const int32_t query_tile = tiles.count() - 1 - index;
+    positions = query_tile >= 0 ? tiles.tile(query_tile) : KeyRange{0, 0};
+    first_of_sequence = query_tile == 0 || (index == 0 && tiles.count() == 0);
+    ranges.assign(p.chunk, positions, p.segments, split_window(positions.end, split, plan.num_splits));
+  }
+
+  /// Computes the tile of this CTA into `storage` in shared memory, and waits for it.
+  __device__ static const WorkTile& in_shared_memory(const AttentionArgs& args, unsigned char* storage) {
+    WorkTile* const tile = reinterpret_cast<WorkTile*>(storage);
+    if (threadIdx.x == 0) tile->assign(args, static_cast<int32_t>(blockIdx.x));
+    __syncthreads();
+    return *tile;
+  }
+
+  __device__ const void* first_row(const AttentionParams& p, const ConstTensorRef& cache) const {
+    int64_t offset = kv_head * cache.stride.head;
+    if (p.pages.page_table == nullptr) {
+      offset += (seqlen.k_row + seqlen.leftpad) * cache.stride.row;
+      if (p.cu_seqlens_k == nullptr) offset += b * cache.stride.batch;
+    }
+    constexpr int64_t kElementBytes = 2;  // attention has bf16 and fp16 only
+    return static_cast<const char*>(cache.data) + offset * kElementBytes;
+  }
+
+  __device__ bool empty() const { return positions.empty(); }
+  __device__ int32_t num_positions() const { return positions.size(); }
+
+  /// Keys of one split out of the `keys` that the tile sees: equal shares in whole blocks of 64.
+  __device__ static KeyRange split_window(int32_t keys, int32_t split, int32_t num_splits) {
+    constexpr int64_t kGranularity = 64;
+    if (num_splits == 1) return {0, keys};
+    const int64_t share = (keys + num_splits * kGranularity - 1) / (num_splits * kGranularity) * kGranularity;
+    const int64_t begin = split * share;
+    const int64_t end = begin + share;
+    return {static_cast<int32_t>(begin < keys ? begin : keys), static_cast<int32_t>(end < keys ? end : keys)};
+  }
+};
+
+/// Row of a tile -> query position and head.
+struct TileRow {
+  int32_t position;
+  int32_t head;
+  bool valid;
+
+  __device__ static TileRow of(const AttentionArgs& args, const WorkTile& tile, int32_t row) {
+    int32_t offset, head;
+    args.heads_per_tile(offset, head, row);
+    return {tile.positions.begin + offset, tile.head_begin + head,
+            offset < tile.num_positions() && head < tile.num_heads};
+  }
+};
+
+}  // namespace dca::cuda

@@ -1,0 +1,239 @@
+// Dual Chunk Attention of few query rows over a long cache: decode and multi-token verify, for every GPU from 8.0 on.
+//
+// One CTA owns up to 16 rows - the query heads of one KV head times a few tokens - and one split of the keys. Its warps
+// share nothing but Q: each walks the blocks of kBlockN keys and takes 16 keys of every block through a ring of its
+// own, with an online softmax of its own, so that a load is waited for by the one warp that needs it. At the end the
+// warps' results are joined through shared memory; the results of the splits, by launch_combine.
+//
+// Shared memory: Q for the three segments (3, 16, kHeadDim) | per warp a ring of (kStages, {K, V}, 16, kHeadDim),
+// whose place O, max and sum of the warps take at the end.
+#pragma once
+
+#include "epilogue.h"
+
+namespace dca::cuda::sm80 {
+
+template <class Traits, bool kPaged>
+class DecodeTile {
+  using Element = typename Traits::Element;
+  using Mma = typename Traits::Mma;
+  static constexpr int kHeadDim = Traits::kHeadDim;
+  static constexpr int kBlockM = Traits::kBlockM;
+  static constexpr int kWarpKeys = Traits::kWarpKeys;
+  static constexpr int kStages = Traits::kStages;
+  static constexpr int kThreadRows = 2;
+
+ public:
+  __device__ DecodeTile(const AttentionArgs& args, const WorkTile& tile, unsigned char* shared)
+      : args_(args),
+        tile_(tile),
+        smem_q_(reinterpret_cast<Element*>(shared)),
+        exchange_(reinterpret_cast<float*>(shared + Traits::kQueryBytes)),
+        warp_(static_cast<int32_t>(threadIdx.x) / 32),
+        lane_(static_cast<int32_t>(threadIdx.x) % 32),
+        smem_k_(reinterpret_cast<Element*>(shared + Traits::kQueryBytes) +
+                warp_ * 2 * kStages * Traits::kStageElements),
+        smem_v_(smem_k_ + kStages * Traits::kStageElements),
+        scale_(LogitScale::of(tile.scale)) {}
+
+  __device__ void run() {
+    KeyBlockIterator ahead(tile_.ranges, Traits::kBlockN);
+    KeyBlockIterator walk(tile_.ranges, Traits::kBlockN);
+    int32_t ahead_stage = 0;
+    const auto load_next = [&] {
+      load(ahead.next(), ahead_stage);
+      ahead_stage = ahead_stage + 1 == kStages ? 0 : ahead_stage + 1;
+    };
+    CUTE_UNROLL
+    for (int i = 0; i < kStages - 1; ++i) load_next();
+    rotate_queries();
+    __syncthreads();
+
+    auto acc_o = partition_fragment_C(Mma{}, Shape<Int<kBlockM>, Int<kHeadDim>>{});
+    clear(acc_o);
+    auto o = make_tensor(acc_o.data(), as_rows_and_columns(acc_o.layout()));
+    OnlineSoftmax<kThreadRows> softmax;
+    auto tSrQ = Mma{}.get_slice(lane_).partition_fragment_A(smem_q(Segment::Intra));
+    [[maybe_unused]] int32_t segment = -1;
+    int32_t stage = 0;
+    for (KeyBlock block = walk.next(); block.count > 0; block = walk.next()) {
+      __syncwarp();  // every lane is done with the stage that is loaded next
+      load_next();
+      cp_async_wait<kStages - 1>();
+      __syncwarp();
+      auto acc_s = partition_fragment_C(Mma{}, Shape<Int<kBlockM>, Int<kWarpKeys>>{});
+      if constexpr (Traits::kQueriesInRegisters) {
+        if (segment != static_cast<int32_t>(block.segment)) {
+          segment = static_cast<int32_t>(block.segment);
+          read_queries(tSrQ, block.segment);
+        }
+        multiply_qk_registers<Mma>(acc_s, tSrQ, smem_k(stage), lane_);
+      } else {
+        multiply_qk<Mma>(acc_s, smem_q(block.segment), smem_k(stage), lane_);
+      }
+      auto s = make_tensor(acc_s.data(), as_rows_and_columns(acc_s.layout()));
+      if (tile_.ranges.needs_mask(block, Traits::kBlockN)) {
+        mask_logits(s, coordinates<kWarpKeys>(), args_, tile_, block, warp_ * kWarpKeys);
+      }
+      softmax.update(s, o, scale_.magnitude_log2);
+      multiply_pv<Mma>(acc_o, acc_s, smem_vt(stage), lane_);
+      stage = stage + 1 == kStages ? 0 : stage + 1;
+    }
+    cp_async_wait<0>();
+    softmax.finish();
+    publish(o, softmax);
+    __syncthreads();
+    join_and_store();
+  }
+
+ private:
+  __device__ Element* q_of(Segment segment) const {
+    return smem_q_ + static_cast<int32_t>(segment) * kBlockM * kHeadDim;
+  }
+  __device__ auto smem_q(Segment segment) const {
+    return make_tensor(make_smem_ptr(q_of(segment)), typename Traits::SmemQ{});
+  }
+  __device__ auto smem_k(int32_t stage) const {
+    return make_tensor(make_smem_ptr(smem_k_ + stage * Traits::kStageElements), typename Traits::SmemKv{});
+  }
+  __device__ auto smem_vt(int32_t stage) const {
+    return make_tensor(make_smem_ptr(smem_v_ + stage * Traits::kStageElements), typename Traits::SmemVt{});
+  }
+
+  // (rows, columns) of this thread's accumulators -> (row, column).
+  template <int kColumns>
+  __device__ auto coordinates() const {
+    const auto all = make_identity_tensor(Shape<Int<kBlockM>, Int<kColumns>>{});
+    const auto mine = Mma{}.get_slice(lane_).partition_C(all);
+    return make_tensor(mine.data(), as_rows_and_columns(mine.layout()));
+  }
+
+  __device__ __forceinline__ void load(const KeyBlock& block, int32_t stage) {
+    const CacheRows<Element, kPaged> keys(args_, args_.p.k, tile_, tile_.k);
+    const CacheRows<Element, kPaged> values(args_, args_.p.v, tile_, tile_.v);
+    const int32_t first = warp_ * kWarpKeys;
+    if (block.count > 0) {
+      load_rows<typename Traits::SmemKv, 32>(keys, block, first, args_.p.head_dim,
+                                             smem_k_ + stage * Traits::kStageElements, lane_);
+      load_rows<typename Traits::SmemKv, 32>(values, block, first, args_.p.head_dim,
+                                             smem_v_ + stage * Traits::kStageElements, lane_);
+    }
+    cp_async_fence();  // also without a block, so that the number of groups in flight stays what it is
+  }
+
+  // Q for each segment of the walk: the warps reach the switches at different times.
+  __device__ void rotate_queries() {
+    for (int32_t i = 0; i < kNumSegments; ++i) {
+      if (tile_.ranges.keys[i].empty()) continue;
+      const Segment segment = static_cast<Segment>(i);
+      load_queries<typename Traits::SmemQ>(
+          args_, tile_, segment, scale_.sign, q_of(segment), kBlockM, [](int32_t row) { return row; },
+          static_cast<int32_t>(threadIdx.x), Traits::kThreads);
+    }
+  }
+
+  template <class Fragment>
+  __device__ __forceinline__ void read_queries(Fragment& tSrQ, Segment segment) const {
+    const auto copy_a = make_tiled_copy_A(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, Mma{});
+    const auto thr_copy_a = copy_a.get_slice(lane_);
+    copy(copy_a, thr_copy_a.partition_S(smem_q(segment)), thr_copy_a.retile_D(tSrQ));
+  }
+
+  // exchange: O (kWarps, kBlockM, kHeadDim) | max in powers of two (kWarps, kBlockM) | sum (kWarps, kBlockM)
+  __device__ float* exchange_o(int32_t warp, int32_t row) const {
+    return exchange_ + (warp * kBlockM + row) * kHeadDim;
+  }
+  __device__ float& exchange_max(int32_t warp, int32_t row) const {
+    return exchange_[Traits::kWarps * kBlockM * kHeadDim + warp * kBlockM + row];
+  }
+  __device__ float& exchange_sum(int32_t warp, int32_t row) const {
+    return exchange_[Traits::kWarps * kBlockM * (kHeadDim + 1) + warp * kBlockM + row];
+  }
+
+  template <class Rows>
+  __device__ void publish(const Rows& o, const OnlineSoftmax<kThreadRows>& softmax) {
+    __syncthreads();  // all warps are done with their rings
+    const auto at = coordinates<kHeadDim>();
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) {
+      const int32_t row = get<0>(at(r, 0));
+      CUTE_UNROLL
+      for (int c = 0; c < size<1>(o); c += 2) {
+        *reinterpret_cast<float2*>(exchange_o(warp_, row) + get<1>(at(r, c))) = {o(r, c), o(r, c + 1)};
+      }
+      if (lane_ % 4 == 0) {
+        exchange_max(warp_, row) = softmax.row_max[r] * scale_.magnitude_log2;
+        exchange_sum(warp_, row) = softmax.row_sum[r];
+      }
+    }
+  }
+
+  __device__ void join_and_store() {
+    const OutputRows<Element> rows{args_, tile_};
+    constexpr int kUnits = kHeadDim / 8;
+    for (int32_t i = threadIdx.x; i < kBlockM * kUnits; i += Traits::kThreads) {
+      const int32_t row = i / kUnits;
+      const int32_t column = i % kUnits * 8;
+      const TileRow at = TileRow::of(args_, tile_, row);
+      if (!at.valid || column >= args_.p.head_dim) continue;
+      float largest = -INFINITY;
+      for (int w = 0; w < Traits::kWarps; ++w) largest = fmaxf(largest, exchange_max(w, row));
+      float sum = 0.0f;
+      float joined[8] = {};
+      for (int w = 0; w < Traits::kWarps; ++w) {
+        if (exchange_sum(w, row) == 0.0f) continue;
+        const float weight = exp2_approx(exchange_max(w, row) - largest);
+        sum += weight * exchange_sum(w, row);
+        const float* const part = exchange_o(w, row) + column;
+        CUTE_UNROLL
+        for (int c = 0; c < 8; ++c) joined[c] += weight * part[c];
+      }
+      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+      CUTE_UNROLL
+      for (int c = 0; c < 8; ++c) joined[c] *= inverse;
+      store_unit(rows, tile_.seqlen.row(at.position), at.head, column, joined);
+      if (column == 0) {
+        rows.store_lse(tile_.seqlen.row(at.position), at.head, sum == 0.0f ? -INFINITY : (largest + log2f(sum)) * kLn2);
+      }
+    }
+  }
+
+  __device__ void store_unit(const OutputRows<Element>& rows, int32_t row, int32_t head, int32_t column,
+                             const float (&x)[8]) const {
+    if (args_.plan.num_splits > 1) {
+      float* const accum = rows.out_accum(row, head) + column;
+      *reinterpret_cast<float4*>(accum) = {x[0], x[1], x[2], x[3]};
+      *reinterpret_cast<float4*>(accum + 4) = {x[4], x[5], x[6], x[7]};
+      return;
+    }
+    Vec16<Element> rounded;
+    CUTE_UNROLL
+    for (int c = 0; c < 8; ++c) rounded[c] = static_cast<Element>(x[c]);
+    store16(rows.out(row, head) + column, rounded);
+  }
+
+  const AttentionArgs& args_;
+  const WorkTile& tile_;
+  Element* const smem_q_;
+  float* const exchange_;
+  const int32_t warp_;
+  const int32_t lane_;
+  Element* const smem_k_;
+  Element* const smem_v_;
+  const LogitScale scale_;
+};
+
+template <class Traits, bool kPaged>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
+    decode_kernel(const __grid_constant__ AttentionArgs args) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ __align__(16) unsigned char storage[sizeof(WorkTile)];
+  const WorkTile& tile = WorkTile::in_shared_memory(args, storage);
+  if (tile.first_of_sequence) {
+    clear_rows_without_position<typename Traits::Element, Traits::kThreads>(args, tile);
+  }
+  if (tile.empty()) return;
+  DecodeTile<Traits, kPaged>(args, tile, shared).run();
+}
+
+}  // namespace dca::cuda::sm80

@@ -1,0 +1,59 @@
+// Where the results of a tile go: out and lse, or the partial results of a split.
+#pragma once
+
+#include "mainloop.h"
+
+namespace dca::cuda::sm80 {
+
+/// Addresses of the rows of a tile's results.
+template <class Element>
+struct OutputRows {
+  const AttentionArgs& args;
+  const WorkTile& tile;
+
+  /// Row of the query at `position` in q, out and the partial results: rows of all sequences.
+  __device__ int64_t global_row(int32_t row) const {
+    const bool ragged = args.p.cu_seqlens_q != nullptr;
+    return (ragged ? tile.seqlen.q_row : static_cast<int64_t>(tile.b) * args.p.seqlen_q) + row;
+  }
+  __device__ Element* out(int32_t row, int32_t head) const {
+    const Strides& stride = args.p.out.stride;
+    const int64_t batch = args.p.cu_seqlens_q != nullptr ? 0 : tile.b * stride.batch;
+    return static_cast<Element*>(args.p.out.data) + batch + (tile.seqlen.q_row + row) * stride.row + head * stride.head;
+  }
+  __device__ float* out_accum(int32_t row, int32_t head) const {
+    return args.plan.out_accum + accum_index(row, head) * args.p.head_dim;
+  }
+  __device__ void store_lse(int32_t row, int32_t head, float value) const {
+    if (args.plan.num_splits > 1) {
+      args.plan.lse_accum[accum_index(row, head)] = value;
+    } else if (args.p.lse != nullptr) {
+      const bool ragged = args.p.cu_seqlens_q != nullptr;
+      const int64_t line = ragged ? head : static_cast<int64_t>(tile.b) * args.p.num_heads + head;
+      args.p.lse[line * (ragged ? args.p.total_q : args.p.seqlen_q) + tile.seqlen.q_row + row] = value;
+    }
+  }
+
+ private:
+  __device__ int64_t accum_index(int32_t row, int32_t head) const {
+    return (tile.split * args.total_rows + global_row(row)) * args.p.num_heads + head;
+  }
+};
+
+/// Rows without a position: out = 0, lse = -inf; of a split only the latter, since such a part carries no weight.
+template <class Element, int kThreads>
+__device__ void clear_rows_without_position(const AttentionArgs& args, const WorkTile& tile) {
+  const OutputRows<Element> rows{args, tile};
+  const int32_t units = args.plan.num_splits > 1 ? 0 : args.p.head_dim / kVec<Element>;
+  const int32_t num_rows = tile.seqlen.first_row * tile.num_heads;
+  for (int32_t i = threadIdx.x; i < num_rows; i += kThreads) {
+    const int32_t head = tile.head_begin + i % tile.num_heads;
+    const int32_t row = i / tile.num_heads;
+    Vec16<Element> zero;
+    clear(zero);
+    for (int32_t unit = 0; unit < units; ++unit) store16(rows.out(row, head) + unit * kVec<Element>, zero);
+    rows.store_lse(row, head, -INFINITY);
+  }
+}
+
+}  // namespace dca::cuda::sm80

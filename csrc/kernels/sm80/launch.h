@@ -1,0 +1,57 @@
+// Launch of one compiled attention kernel. Instances are explicit instantiations, generated from
+// cmake/KernelInstances.cmake.
+#pragma once
+
+#include <atomic>
+
+#include "decode_kernel.h"
+#include "launch_check.h"
+#include "prefill_kernel.h"
+
+namespace dca::cuda::sm80 {
+
+template <TileKind kKind, DType kDType, int kHeadDim>
+struct Instance {
+  using Element = typename ElementOf<kDType>::type;
+  using Traits =
+      std::conditional_t<kKind == TileKind::Prefill, PrefillTraits<Element, kHeadDim>, DecodeTraits<Element, kHeadDim>>;
+
+  template <bool kPaged>
+  static constexpr auto kernel() {
+    if constexpr (kKind == TileKind::Prefill) {
+      return prefill_kernel<Traits, kPaged>;
+    } else {
+      return decode_kernel<Traits, kPaged>;
+    }
+  }
+
+  template <bool kPaged>
+  static Status launch_as(const AttentionParams& params, const AttentionPlan& plan) {
+    const AttentionArgs args(params, plan);
+    static std::atomic<uint64_t> prepared{0};  // devices, by bit, that allow the kernel its shared memory
+    if (Status status = allow_shared_memory(kernel<kPaged>(), Traits::kSharedBytes, prepared); !status.ok()) {
+      return status;
+    }
+    return launch_kernel("attention", kernel<kPaged>(), args.num_ctas(), Traits::kThreads, Traits::kSharedBytes,
+                         params.exec.stream, args);
+  }
+
+  static Status launch(const AttentionParams& params, const AttentionPlan& plan) {
+    return params.pages.page_table != nullptr ? launch_as<true>(params, plan) : launch_as<false>(params, plan);
+  }
+
+  static constexpr AttentionInstance description() {
+    constexpr int32_t kSharedPerSm = 164 * 1024;
+    return {"sm80",
+            kKind,
+            kDType,
+            kHeadDim,
+            Traits::kBlockM,
+            kSharedPerSm / (Traits::kSharedBytes + 1024) < Traits::kMinCtas
+                ? kSharedPerSm / (Traits::kSharedBytes + 1024)
+                : Traits::kMinCtas,
+            &launch};
+  }
+};
+
+}  // namespace dca::cuda::sm80

@@ -1,0 +1,93 @@
+// Tile shapes, shared-memory layouts and tensor-core operations of the sm80 kernels.
+#pragma once
+
+#include <cute/atom/copy_traits_sm75.hpp>
+#include <cute/atom/copy_traits_sm80.hpp>
+#include <cute/atom/mma_traits_sm80.hpp>
+#include <cute/tensor.hpp>
+
+#include "numeric.h"
+
+namespace dca::cuda::sm80 {
+
+using namespace cute;  // NOLINT: the vocabulary of every line below
+
+/// What every GPU from 8.0 on can give to one CTA (8.6 and 8.9: 99 KB of 100).
+inline constexpr int kMaxSharedBytes = 99 * 1024;
+
+template <class Element>
+using MmaAtom = std::conditional_t<std::is_same_v<Element, cutlass::bfloat16_t>,
+                                   MMA_Atom<SM80_16x8x16_F32BF16BF16F32_TN>, MMA_Atom<SM80_16x8x16_F32F16F16F32_TN>>;
+
+/// Rows of kHeadDim elements in shared memory. Eight rows of kColumns (64, or 32 where 64 does not divide the row) are
+/// an atom whose 16-byte units are permuted, so that ldmatrix, which takes one unit from each of eight rows, finds them
+/// in different banks.
+template <int kHeadDim>
+struct SmemRows {
+  static constexpr int kColumns = kHeadDim % 64 == 0 ? 64 : 32;
+  using Atom = decltype(composition(Swizzle < kColumns == 64 ? 3 : 2, 3, 3 > {},
+                                    Layout<Shape<_8, Int<kColumns>>, Stride<Int<kColumns>, _1>>{}));
+  template <int kRows>
+  using Layout_ = decltype(tile_to_shape(Atom{}, Shape<Int<kRows>, Int<kHeadDim>>{}));
+  /// The same memory seen as (kHeadDim, kRows).
+  template <int kRows>
+  using Transposed =
+      decltype(composition(Layout_<kRows>{}, Layout<Shape<Int<kHeadDim>, Int<kRows>>, Stride<Int<kRows>, _1>>{}));
+};
+
+/// Prefill: 4 warps. Each holds 16 or 32 rows of the logits and of O, and reads all of K and V, so that 32 rows halve
+/// the traffic from shared memory, which would else take as long as the products; registers allow them up to head_dim
+/// 128.
+template <class Element_, int kHeadDim_>
+struct PrefillTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kWarps = 4;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kBlockM = kHeadDim <= 128 ? 128 : 64;
+  static constexpr int kBlockN = 32;
+  static constexpr int kStages = 2;
+  static constexpr int kMinCtas = kHeadDim <= 128 ? 2 : 1;
+
+  using Rows = SmemRows<kHeadDim>;
+  using SmemQ = typename Rows::template Layout_<kBlockM>;
+  using SmemKv = typename Rows::template Layout_<kBlockN>;
+  using SmemVt = typename Rows::template Transposed<kBlockN>;
+  static constexpr int kStageElements = kBlockN * kHeadDim;
+  static constexpr int kSharedBytes = (kBlockM * kHeadDim + 2 * kStages * kStageElements) * 2;
+  static_assert(kSharedBytes + 1024 <= kMaxSharedBytes);  // the tile lies there too
+
+  using Mma = TiledMMA<MmaAtom<Element>, Layout<Shape<Int<kWarps>, _1, _1>>, Tile<Int<16 * kWarps>, _16, _16>>;
+};
+
+/// Decode: 16 rows, every warp with keys of its own and a ring of kStages blocks of 16 of them, so that no barrier
+/// stands between a load and its use. 64 KB or more are on their way or in use per CTA, some 128 KB per SM: several
+/// times what latency and bandwidth ask for.
+template <class Element_, int kHeadDim_>
+struct DecodeTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kWarps = kHeadDim <= 128 ? 4 : 2;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kBlockM = 16;
+  static constexpr int kWarpKeys = 16;
+  static constexpr int kBlockN = kWarpKeys * kWarps;
+  static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 96 ? 3 : 2;
+  static constexpr bool kQueriesInRegisters = kHeadDim <= 128;  // beside O there is no room for more
+  static constexpr int kMinCtas = 2;
+
+  using Rows = SmemRows<kHeadDim>;
+  using SmemQ = typename Rows::template Layout_<kBlockM>;
+  using SmemKv = typename Rows::template Layout_<kWarpKeys>;
+  using SmemVt = typename Rows::template Transposed<kWarpKeys>;
+  static constexpr int kStageElements = kWarpKeys * kHeadDim;
+  static constexpr int kQueryBytes = kNumSegments * kBlockM * kHeadDim * 2;
+  static constexpr int kRingBytes = 2 * kStages * kWarps * kStageElements * 2;
+  static constexpr int kExchangeBytes = kWarps * kBlockM * (kHeadDim + 2) * 4;  // in the place of the ring
+  static constexpr int kSharedBytes = kQueryBytes + (kRingBytes > kExchangeBytes ? kRingBytes : kExchangeBytes);
+  static_assert(kSharedBytes + 1024 <= kMaxSharedBytes);  // the tile lies there too
+
+  using Mma = TiledMMA<MmaAtom<Element>, Layout<Shape<_1, _1, _1>>, Tile<_16, _16, _16>>;
+};
+
+}  // namespace dca::cuda::sm80

@@ -1,0 +1,184 @@
+// Prefill tiles against the reference: whole sequences and queries behind a cache, at the lengths where something
+// changes, in every layout.
+#include "cuda_cases.h"
+
+namespace dca::testing {
+namespace {
+
+class CudaPrefill : public CudaKernelTest {};
+
+// n = 16, P = 23: chunk borders at 16, 32, 48; row 24 is the first that is not causal RoPE. Ragged, so that a tile that
+// wrote past its rows would be seen in its neighbour's.
+TEST_P(CudaPrefill, BordersOfChunksRagged) {
+  for (const int32_t group : {1, 4, 8}) {
+    ProblemShape s = shape(group);
+    s.kv_lens = {1, 2, 15, 0, 16, 17, 24, 25, 31, 32, 33, 49, 53};
+    s.ragged_q = true;
+    s.keys = KeyLayout::Ragged;
+    expect_matches_reference(s);
+  }
+}
+
+TEST_P(CudaPrefill, UniformBatch) {
+  ProblemShape s = shape(4);
+  s.kv_lens = {40, 40};
+  expect_matches_reference(s, {1, 3});
+}
+
+TEST_P(CudaPrefill, Paged) {
+  ProblemShape s = shape(4);
+  s.kv_lens = {53, 16, 1, 32};
+  s.ragged_q = true;
+  s.keys = KeyLayout::Paged;
+  for (const int32_t page_size : {16, 48}) {
+    s.page_size = page_size;
+    expect_matches_reference(s);
+  }
+}
+
+TEST_P(CudaPrefill, LeftPadded) {
+  ProblemShape s = shape(4);
+  s.kv_lens = {33, 17, 1, 0};
+  s.q_lens = {33, 33, 33, 33};
+  s.leftpads = {0, 16, 32, 33};
+  expect_matches_reference(s, {1, 2});
+  s.keys = KeyLayout::Paged;
+  s.page_size = 16;
+  expect_matches_reference(s);
+}
+
+// Chunks that are whole key tiles: no block but the diagonal is masked.
+TEST_P(CudaPrefill, ChunksOfWholeTiles) {
+  ProblemShape s = shape(1);
+  s.num_heads = s.num_heads_kv = 1;
+  s.chunk = {128, 150};
+  for (const int32_t length : {127, 128, 129, 144, 257, 400}) {  // 144: kBlockM + 16
+    s.kv_lens = {length};
+    expect_matches_reference(s);
+  }
+}
+
+// Chunks that cut every tile: each segment ends inside a block.
+TEST_P(CudaPrefill, ChunksThatCutTiles) {
+  ProblemShape s = shape(1);
+  s.num_heads = s.num_heads_kv = 1;
+  for (const ChunkGeometry chunk : {ChunkGeometry{140, 209}, {67, 67}, {31, 61}}) {
+    s.chunk = chunk;
+    s.kv_lens = {293};
+    expect_matches_reference(s);
+  }
+}
+
+// Queries that end at the last cached token: fewer than a tile, more than a tile, across borders, mixed lengths.
+TEST_P(CudaPrefill, BehindACache) {
+  ProblemShape s = shape(4);
+  s.chunk = {64, 90};
+  s.kv_lens = {300, 200, 66};
+  s.q_lens = {70, 1, 66};
+  s.ragged_q = true;
+  expect_matches_reference(s, {1, 4});
+  s.keys = KeyLayout::Paged;
+  s.page_size = 32;
+  expect_matches_reference(s, {1, 4});
+}
+
+TEST_P(CudaPrefill, LongChunksOfAnOddPublishedLength) {
+  ProblemShape s = shape(2);
+  s.num_heads = 2;
+  s.num_heads_kv = 1;
+  s.chunk = {20240, 24576};
+  s.kv_lens = {20300};
+  s.q_lens = {70};  // the border at 20240 cuts them
+  expect_matches_reference(s, {0});
+}
+
+DCA_INSTANTIATE_KERNEL_TESTS(CudaPrefill, 64, 80, 96, 128, 192, 256);
+
+// --- Axes that need no product ---
+
+class CudaPrefillAxes : public CudaKernelTest {};
+
+TEST_P(CudaPrefillAxes, AnyChunkLength) {
+  ProblemShape s = shape(1);
+  s.kv_lens = {37};
+  for (const ChunkGeometry chunk : {ChunkGeometry{1, 1}, {2, 3}, {7, 7}, {36, 70}, {37, 40}, {1000, 1999}}) {
+    s.chunk = chunk;
+    expect_matches_reference(s);
+  }
+}
+
+TEST_P(CudaPrefillAxes, AnyGroup) {
+  for (const int32_t group : {2, 3, 5, 7, 16, 71, 130}) {
+    ProblemShape s = shape();
+    s.num_heads_kv = 1;
+    s.num_heads = group;
+    s.kv_lens = {35};
+    expect_matches_reference(s);
+  }
+}
+
+TEST_P(CudaPrefillAxes, PartialAndInterleavedRotation) {
+  ProblemShape s = shape(1);
+  s.kv_lens = {41};
+  for (const bool interleaved : {false, true}) {
+    for (const int32_t half_rotary_dim : {0, 1, 8, 12, 16}) {
+      s.interleaved = interleaved;
+      s.half_rotary_dim = half_rotary_dim;
+      expect_matches_reference(s);
+    }
+  }
+}
+
+TEST_P(CudaPrefillAxes, FactorsOnTheLogits) {
+  ProblemShape s = shape(1);
+  s.kv_lens = {41, 41, 41};
+  AttentionProblem problem(s);
+  AttentionParams p = problem.params();
+  const std::vector<float> temperature = {1.0f, 1.7f, -0.3f};
+  p.temperature = temperature.data();
+  EXPECT_TRUE(problem.matches_reference(p, {1}, {buffer_of(temperature)}));
+  p.softmax_scale = 5.0f;  // logits beyond 100: exp overflows in fp32 without the running maximum
+  p.temperature = nullptr;
+  EXPECT_TRUE(problem.matches_reference(p, {1}));
+  p.softmax_scale = 0.0f;  // all keys alike
+  EXPECT_TRUE(problem.matches_reference(p, {1}));
+  kernel_cases += 3;
+}
+
+TEST_P(CudaPrefillAxes, YarnsFactorComesFromTheLogicalLength) {
+  ProblemShape s = shape(1);
+  s.kv_lens = {41, 16, 17, 1};
+  s.q_lens = {41, 41, 41, 41};
+  s.leftpads = {0, 25, 24, 40};
+  AttentionProblem problem(s);
+  AttentionParams p = problem.params();
+  p.original_max_position_embeddings = 16;
+  EXPECT_TRUE(problem.matches_reference(p, {1}));
+  ++kernel_cases;
+}
+
+TEST_P(CudaPrefillAxes, SegmentsAlone) {
+  ProblemShape s = shape(4);
+  s.kv_lens = {53, 33, 17, 5};
+  s.q_lens = {20, 20, 20, 20};
+  AttentionProblem problem(s);
+  for (const auto segment : {SegmentSelection::Intra, SegmentSelection::Successive, SegmentSelection::Inter}) {
+    AttentionParams p = problem.params();
+    p.segments = segment;
+    EXPECT_TRUE(problem.matches_reference(p, {1, 3})) << "segment " << static_cast<int>(segment);
+    kernel_cases += 2;
+  }
+}
+
+TEST_P(CudaPrefillAxes, LseMayBeNull) {
+  AttentionProblem problem(shape(1));
+  AttentionParams p = problem.params();
+  p.lse = nullptr;
+  EXPECT_TRUE(problem.matches_reference(p, {1, 2}));
+  kernel_cases += 2;
+}
+
+DCA_INSTANTIATE_KERNEL_TESTS(CudaPrefillAxes, 64);
+
+}  // namespace
+}  // namespace dca::testing
