@@ -11,7 +11,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "cmake"))
-from build_backend import find_torch  # noqa: E402
+import find_cuda  # noqa: E402
+from build_backend import find_torch, plan_cuda  # noqa: E402
 
 
 class CMakeBuild(build_ext):
@@ -30,16 +31,21 @@ class CMakeBuild(build_ext):
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         import pybind11
 
+        cuda = plan_cuda()
+        cuda_options = find_cuda.cmake_options(cuda, os.environ)
+        jobs = find_cuda.compile_jobs(os.environ, find_cuda.available_memory(), cuda.with_kernels)
+        if cuda.note and not cuda.with_kernels:
+            print(f"dca_ext: no CUDA kernels are built; {cuda.note}.", flush=True)
         self.cmake(
             "-S", ROOT, "-B", build, "-G", "Ninja",
             "-DDCA_BUILD_PYTHON=ON",
-            f"-DDCA_CUDA={os.environ.get('DCA_CUDA', 'OFF')}",
+            *cuda_options,
             f"-DDCA_TORCH_DIR={torch_dir}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-DCMAKE_INSTALL_LIBDIR=lib",
         )  # fmt: skip
-        self.cmake("--build", build)
+        self.cmake("--build", build, "--parallel", jobs)
         self.cmake("--install", build, "--component", "python", "--prefix", package_parent)
         # The wheel carries the C++ package too: cmake -Ddca_DIR=<what dca_ext.cmake_dir() says>
         self.cmake("--install", build, "--component", "cpp", "--prefix", package_parent / "dca_ext" / "cpp")

@@ -37,12 +37,13 @@ class Budget:
         return len(METHODS) * len(self.multiples) * (1 + len(DEPTHS))
 
 
-def load_tiny() -> Any:
-    """The shipped model in fp32."""
+def load_tiny(device: torch.device | str = "cpu") -> Any:
+    """The shipped model: fp32 on the CPU, bf16 on a GPU, whose kernels have no fp32."""
     from transformers import LlamaForCausalLM
 
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     with quiet_transformers():
-        return LlamaForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32).eval()
+        return LlamaForCausalLM.from_pretrained(WEIGHTS, dtype=dtype).to(device).eval()
 
 
 def loss_windows(text: torch.Tensor, length: int, count: int, rng: random.Random) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dca_ext import DCAConfig
+from dca_ext.cli.devices import native_dtype, pick_device
 from dca_ext.cli.models import SMOLLM2, ModelUnavailable, load_model, progress_bar, quiet_transformers
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,7 +78,7 @@ def _answer(args: argparse.Namespace, document: str, device: torch.device, dca_c
 
     from dca_ext.cli.stream import decode, greedy, prefill, sampler, stop_ids
 
-    dtype = _DTYPES[args.dtype] if args.dtype else _default_dtype(device)
+    dtype = _DTYPES[args.dtype] if args.dtype else native_dtype(device)
     with progress_bar() as progress:
         model, tokenizer = load_model(args.model, dtype, device, progress)
     attention = _choose_attention(model, dca_config, off=args.no_dca)
@@ -162,29 +163,10 @@ def _geometry(args: argparse.Namespace) -> DCAConfig | None:
 
 
 def _device(name: str | None) -> torch.device:
-    from dca_ext import build_info
-
-    if name is None:
-        with_kernels = build_info()["cuda_architectures"] and torch.cuda.is_available()
-        return torch.device("cuda" if with_kernels else "cpu")
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise AskError(f"--device must be cpu, cuda or cuda:N; got {name}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise AskError(f"--device must be cpu, cuda or cuda:N; got {name}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise AskError(f"--device {name}: torch {torch.__version__} sees no CUDA device here")
-    return device
-
-
-def _default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where it is multiplied in hardware, else float32; a CPU that emulates it is slower, not faster."""
-    if device.type == "cuda":
-        return torch.bfloat16
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return torch.bfloat16 if fast else torch.float32
+        return pick_device(name)
+    except ValueError as error:
+        raise AskError(str(error)) from error
 
 
 # --- The model -------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
     from rich.progress import Progress
 
@@ -51,11 +52,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--windows", type=positive, default=8, help="act 1: text windows per length")
     parser.add_argument("--text", type=Path, metavar="FILE", help="act 2: read this UTF-8 text, not Python's reference")
     parser.add_argument("--tokens", type=positive, default=16384, help="act 2: length of the text in tokens")
+    parser.add_argument("--device", help="cpu or cuda[:N] (default: cuda where the CUDA kernels are built, else cpu)")
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="act 2: of the model (auto: by the CPU)",
+        help="act 2: of the model (auto: bfloat16 where the device multiplies it)",
     )
     return parser
 
@@ -84,15 +86,18 @@ def run(args: argparse.Namespace) -> int:
 
 def perform(args: argparse.Namespace, console: Console) -> int:
     """Act 1, then act 2 unless `--tiny` or without a model; the figures are saved after each."""
+    from dca_ext.cli.devices import pick_device
+
+    device = pick_device(args.device)
     text = None
     if args.text is not None:
         text = args.text.read_text(encoding="utf-8")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, Any] = {"environment": environment(), "seed": args.seed}
-    figures["tiny"] = perform_tiny(args, console)
+    figures: dict[str, Any] = {"environment": environment(device), "seed": args.seed}
+    figures["tiny"] = perform_tiny(args, device, console)
     save_json(figures, args.output_dir / "figures.json")
     if not args.tiny:
-        real = perform_real(args, text, console)
+        real = perform_real(args, device, text, console)
         if real is not None:
             figures["smollm2"] = real
             save_json(figures, args.output_dir / "figures.json")
@@ -100,14 +105,14 @@ def perform(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def perform_tiny(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+def perform_tiny(args: argparse.Namespace, device: torch.device, console: Console) -> dict[str, Any]:
     """Act 1: measure, show, draw."""
     from dca_ext.cli import act_tiny, charts, tables
 
     console.rule("Act 1: a byte-level Llama of 0.4M parameters, trained at a context of 128 bytes")
     began = time.perf_counter()
     budget = act_tiny.Budget(windows=args.windows, prompts=args.prompts)
-    model = act_tiny.load_tiny()
+    model = act_tiny.load_tiny(device)
     with progress_bar(console) as bars:
         task = bars.add_task("reading", total=budget.steps)
         figures = act_tiny.measure(model, args.seed, budget, lambda: bars.advance(task))
@@ -118,7 +123,9 @@ def perform_tiny(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return figures
 
 
-def perform_real(args: argparse.Namespace, text: str | None, console: Console) -> dict[str, Any] | None:
+def perform_real(
+    args: argparse.Namespace, device: torch.device, text: str | None, console: Console
+) -> dict[str, Any] | None:
     """Act 2: load, measure, show, draw; None, with the reason printed, where the model cannot be had."""
     from dca_ext.cli import act_real, charts, models, tables
     from dca_ext.cli.tasks import describe_text, topics_text
@@ -132,7 +139,7 @@ def perform_real(args: argparse.Namespace, text: str | None, console: Console) -
     except models.ModelUnavailable as error:
         console.print(f"Act 2 is left out: {error}", markup=False)
         return None
-    model = model.to(pick_dtype(args.dtype)).eval()
+    model = model.to(device, pick_dtype(args.dtype, device)).eval()
     long_text = act_real.compose(tokenizer, text, args.tokens, args.seed)
     methods = act_real.passes(args.tokens, model.config.max_position_embeddings)
     with progress_bar(console) as bars:
@@ -151,15 +158,13 @@ def perform_real(args: argparse.Namespace, text: str | None, console: Console) -
     return figures
 
 
-def pick_dtype(name: str) -> Any:
-    """bfloat16 only where the CPU multiplies it natively; elsewhere torch widens every product and is no faster."""
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What --dtype says, or what the device is quickest at."""
     import torch
 
-    if name == "auto":
-        flags = Path("/proc/cpuinfo")
-        native = flags.exists() and "avx512_bf16" in flags.read_text()
-        name = "bfloat16" if native else "float32"
-    return getattr(torch, name)
+    from dca_ext.cli.devices import native_dtype
+
+    return native_dtype(device) if name == "auto" else getattr(torch, name)
 
 
 def show(console: Console, parts: list[Any], text: dict[str, str]) -> None:
@@ -189,7 +194,7 @@ def progress_bar(console: Console) -> Iterator[Progress]:
         yield bars
 
 
-def environment() -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
     """Versions that the figures hang on."""
     import torch
     import transformers
@@ -200,6 +205,7 @@ def environment() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
 
 

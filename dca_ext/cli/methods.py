@@ -67,7 +67,7 @@ def reading_with(model: Any, method: str, seqlen: int) -> Iterator[None]:
         config = copy.deepcopy(model.config)
         config.rope_parameters = scaled_rope_parameters(method, model.config, seqlen)
         rotary = model.model.rotary_emb
-        model.model.rotary_emb = type(rotary)(config)
+        model.model.rotary_emb = type(rotary)(config).to(model.device)
         try:
             yield
         finally:

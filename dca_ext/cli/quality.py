@@ -55,11 +55,12 @@ def predict(
 ) -> Predictions:
     """One pass of a LlamaForCausalLM over `tokens` (batch, seqlen) int64; predictions for tokens `first` and later.
 
-    The vocabulary is applied to ROWS_PER_BLOCK rows at a time, so memory is linear in seqlen and independent of
-    seqlen x vocabulary.
+    The pass runs where the model is; the predictions are on the CPU. The vocabulary is applied to ROWS_PER_BLOCK rows
+    at a time, so memory is linear in seqlen and independent of seqlen x vocabulary.
     """
     if not 1 <= first < tokens.shape[1]:
         raise ValueError(f"first must be from 1 to {tokens.shape[1] - 1} for {tokens.shape[1]} tokens; got {first}")
+    tokens = tokens.to(model.device)
     with watching_layers(model, on_layer):
         hidden = model.model(tokens, use_cache=False).last_hidden_state[:, first - 1 : -1]
     targets = tokens[:, first:].flatten()
@@ -71,7 +72,7 @@ def predict(
         losses.append(F.cross_entropy(logits, targets[block], reduction="none"))
         likeliest.append(logits.argmax(-1))
     shape = (tokens.shape[0], -1)
-    return Predictions(first, torch.cat(losses).view(shape), torch.cat(likeliest).view(shape))
+    return Predictions(first, torch.cat(losses).view(shape).cpu(), torch.cat(likeliest).view(shape).cpu())
 
 
 def predict_in_batches(model: Any, tokens: torch.Tensor, first: int = 1, tokens_per_batch: int = 16384) -> Predictions:
