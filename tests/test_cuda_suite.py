@@ -17,14 +17,18 @@ PTXSIM = Path(os.environ.get("PTXSIM_DIR", ROOT.parent / "shared" / "ptxsim"))
 
 #: What a run without other orders compiles: each kind and each dtype once, one head_dim whose rows are read in two
 #: pieces. All: DCA_CUDA_INSTANCES=all.
-INSTANCES = "prefill-bf16-64;decode-bf16-64;prefill-fp16-128;decode-fp16-128"
+INSTANCES = "prefill-bf16-64;decode-bf16-64;prefill-fp16-128;decode-fp16-128;sm90-prefill-bf16-64;sm90-prefill-fp16-128"
 
 #: Orders of warps and of asynchronous copies to run under: at random, as late as is legal, and with a look at races.
 MODES = {
     "random": {"PTXSIM_SEED": "1", "PTXSIM_ASYNC": "random"},
     "late": {"PTXSIM_SEED": "2", "PTXSIM_ASYNC": "late"},
-    "race": {"PTXSIM_SEED": "3", "PTXSIM_RACE": "1"},
+    "race": {"PTXSIM_SEED": "3", "PTXSIM_RACE": "1", "PTXSIM_PROXY": "strict"},
 }
+
+#: The device's own choice of kernels, and the ones for every device where it would choose others.
+KERNELS = {"all": {}, "sm80": {"DCA_CUDA_KERNELS": "sm80"}}
+TESTS = {"all": "*", "sm80": "*CudaPrefill*"}
 
 
 def cutlass_dir() -> str | None:
@@ -80,7 +84,7 @@ def _cuda_build(build: Path) -> Path:
         "-DDCA_BUILD_TESTS=ON",
         "-DDCA_BUILD_BENCH=ON",
         "-DDCA_CUDA_STATIC_RUNTIME=OFF",  # the simulator takes the place of the runtime library
-        f"-DDCA_CUDA_ARCHITECTURES={os.environ.get('DCA_CUDA_ARCHITECTURES', '80')}",
+        f"-DDCA_CUDA_ARCHITECTURES={os.environ.get('DCA_CUDA_ARCHITECTURES', '80;90a')}",
         f"-DDCA_CUDA_INSTANCES={os.environ.get('DCA_CUDA_INSTANCES', INSTANCES)}",
         f"-DCUTLASS_DIR={cutlass_dir()}",
     )
@@ -106,14 +110,16 @@ def count_cases(output: str) -> int:
     return int(match.group(1)) if match else 0
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("mode", MODES)
 def test_kernels_match_the_reference(
-    mode: str, tmp_path_factory: pytest.TempPathFactory, record_kernel_cases: dict[str, int]
+    mode: str, kernels: str, tmp_path_factory: pytest.TempPathFactory, record_kernel_cases: dict[str, int]
 ) -> None:
     build = cuda_build(tmp_path_factory)
-    output = run_kernels(build, "tests/cpp/cuda/dca_cuda_tests", "--gtest_brief=1", **MODES[mode])
-    record_kernel_cases[mode] = count_cases(output)
-    assert record_kernel_cases[mode] > 0, "no kernel case ran"
+    arguments = ("--gtest_brief=1", f"--gtest_filter={TESTS[kernels]}")
+    output = run_kernels(build, "tests/cpp/cuda/dca_cuda_tests", *arguments, **MODES[mode], **KERNELS[kernels])
+    record_kernel_cases[f"{mode}, {kernels}"] = count_cases(output)
+    assert record_kernel_cases[f"{mode}, {kernels}"] > 0, "no kernel case ran"
 
 
 def test_values_in_device_memory_are_checked_on_request(tmp_path_factory: pytest.TempPathFactory) -> None:

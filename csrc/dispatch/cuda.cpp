@@ -1,7 +1,9 @@
 // CUDA calls: from shapes and the device to a compiled instance and a plan. Nothing here depends on values in device
 // memory, so that a captured CUDA graph serves every length.
 #include <algorithm>
+#include <cstdlib>
 #include <string>
+#include <string_view>
 
 #include "backends.h"
 #include "heuristics.h"
@@ -14,13 +16,40 @@ int64_t total_rows(const AttentionParams& p) {
   return p.cu_seqlens_q != nullptr ? p.total_q : static_cast<int64_t>(p.batch) * p.seqlen_q;
 }
 
-// The smallest head_dim that holds the call's; nullptr: none.
-const AttentionInstance* find_instance(const AttentionParams& p, TileKind kind) {
+// What TMA can read: it does not follow page tables, takes no strides of 0 or past 2^40 bytes, and brings whole blocks
+// of rows, so that rows in front of a sequence must hold numbers, which padding need not.
+bool is_readable_by_tma(const AttentionParams& p, const ConstTensorRef& cache) {
+  constexpr int64_t kLimit = (int64_t{1} << 40) / 2;
+  const auto fits = [](int64_t stride, int64_t count) { return count <= 1 || (stride > 0 && stride < kLimit); };
+  return cache.data != nullptr && fits(cache.stride.row, p.cu_seqlens_k != nullptr ? p.total_k : p.seqlen_k) &&
+         fits(cache.stride.head, p.num_heads_kv) && (p.cu_seqlens_k != nullptr || fits(cache.stride.batch, p.batch));
+}
+
+bool has_plain_rows(const AttentionParams& p) {
+  return p.pages.page_table == nullptr && p.cache_leftpad == nullptr && p.seqlen_k > 0 &&
+         (p.cu_seqlens_k == nullptr || p.total_k > 0) && is_readable_by_tma(p, p.k) && is_readable_by_tma(p, p.v);
+}
+
+bool runs_on(const AttentionInstance& instance, const DeviceProperties& device) {
+  const bool hopper = std::string_view(instance.architecture) == "sm90";
+  return hopper ? device.major == 9 && device.minor == 0 : device.major >= 8;
+}
+
+// The instance with the smallest head_dim that holds the call's, of the newest architecture; nullptr: none.
+// DCA_CUDA_KERNELS=sm80 leaves the others out, to compare them.
+const AttentionInstance* find_instance(const AttentionParams& p, TileKind kind, const DeviceProperties& device) {
+  static const char* const only = std::getenv("DCA_CUDA_KERNELS");
   const AttentionInstance* best = nullptr;
   for (int32_t i = 0; i < kNumAttentionInstances; ++i) {
     const AttentionInstance& instance = kAttentionInstances[i];
-    const bool fits = instance.kind == kind && instance.dtype == p.dtype && instance.head_dim >= p.head_dim;
-    if (fits && (best == nullptr || instance.head_dim < best->head_dim)) best = &instance;
+    const bool fits = instance.kind == kind && instance.dtype == p.dtype && instance.head_dim >= p.head_dim &&
+                      runs_on(instance, device) && (instance.paged || has_plain_rows(p)) &&
+                      (only == nullptr || std::string_view(only) == instance.architecture);
+    if (!fits) continue;
+    const bool better = best == nullptr || instance.head_dim < best->head_dim ||
+                        (instance.head_dim == best->head_dim &&
+                         std::string_view(instance.architecture) > std::string_view(best->architecture));
+    if (better) best = &instance;
   }
   return best;
 }
@@ -34,8 +63,8 @@ Status no_instance(const AttentionParams& p) {
   std::string built;
   for (int32_t i = 0; i < kNumAttentionInstances; ++i) built += (i > 0 ? ", " : "") + name_of(kAttentionInstances[i]);
   return {StatusCode::Unavailable, "this build of dca has no CUDA kernel for head_dim " + std::to_string(p.head_dim) +
-                                       (p.dtype == DType::BFloat16 ? " in bfloat16" : " in float16") + "; it has " +
-                                       built};
+                                       (p.dtype == DType::BFloat16 ? " in bfloat16" : " in float16") +
+                                       " and this layout of K and V; it has " + built};
 }
 
 struct Choice {
@@ -54,8 +83,8 @@ Status choose(const AttentionParams& p, Choice* choice) {
   const bool few_rows = cuda_prefers_decode_tiles(group, p.seqlen_q);
   const TileKind wanted = few_rows ? TileKind::Decode : TileKind::Prefill;
   const TileKind other = few_rows ? TileKind::Prefill : TileKind::Decode;
-  choice->instance = find_instance(p, wanted);
-  if (choice->instance == nullptr) choice->instance = find_instance(p, other);  // any tile computes any shape
+  choice->instance = find_instance(p, wanted, device);
+  if (choice->instance == nullptr) choice->instance = find_instance(p, other, device);  // any tile computes any shape
   if (choice->instance == nullptr) return no_instance(p);
 
   const CudaTileShape shape = cuda_tile_shape(group, p.seqlen_q, choice->instance->block_m);

@@ -32,11 +32,12 @@ enum class TileKind : int32_t { Prefill = 0, Decode = 1 };
 
 /// One compiled attention kernel.
 struct AttentionInstance {
-  const char* architecture;  ///< "sm80"
+  const char* architecture;  ///< "sm80": any device from 8.0 on; "sm90": 9.0 alone
   TileKind kind;
   DType dtype;
   int32_t head_dim;     ///< smaller ones are padded in shared memory
   int32_t block_m;      ///< rows of a tile
+  bool paged;           ///< takes paged K and V, and left padding
   int32_t ctas_per_sm;  ///< by its shared memory and registers, on a device with 164 KB per SM
   Status (*launch)(const AttentionParams& params, const AttentionPlan& plan);
 };

@@ -32,7 +32,11 @@ struct KeyRanges {
   }
 };
 
+/// Where a range that is no multiple of the block has its short block.
+enum class ShortBlock { Last, First };
+
 /// Holds as little as it can: the ranges stay where they are, in shared memory.
+template <ShortBlock kShort = ShortBlock::Last>
 class KeyBlockIterator {
  public:
   DCA_HOST_DEVICE KeyBlockIterator(const KeyRanges& ranges, int32_t block_n)
@@ -45,7 +49,8 @@ class KeyBlockIterator {
     }
     KeyBlock block;
     block.begin = rest_.begin;
-    block.count = rest_.size() < block_n_ ? rest_.size() : block_n_;
+    const int32_t over = kShort == ShortBlock::First ? rest_.size() % block_n_ : 0;
+    block.count = over > 0 ? over : rest_.size() < block_n_ ? rest_.size() : block_n_;
     block.segment = static_cast<Segment>(segment_);
     rest_.begin += block.count;
     return block;

@@ -9,7 +9,8 @@
 // whose place O, max and sum of the warps take at the end.
 #pragma once
 
-#include "epilogue.h"
+#include "mainloop.h"
+#include "output_rows.h"
 
 namespace dca::cuda::sm80 {
 
@@ -37,8 +38,8 @@ class DecodeTile {
         scale_(LogitScale::of(tile.scale)) {}
 
   __device__ void run() {
-    KeyBlockIterator ahead(tile_.ranges, Traits::kBlockN);
-    KeyBlockIterator walk(tile_.ranges, Traits::kBlockN);
+    KeyBlockIterator<> ahead(tile_.ranges, Traits::kBlockN);
+    KeyBlockIterator<> walk(tile_.ranges, Traits::kBlockN);
     int32_t ahead_stage = 0;
     const auto load_next = [&] {
       load(ahead.next(), ahead_stage);
@@ -126,8 +127,8 @@ class DecodeTile {
     for (int32_t i = 0; i < kNumSegments; ++i) {
       if (tile_.ranges.keys[i].empty()) continue;
       const Segment segment = static_cast<Segment>(i);
-      load_queries<typename Traits::SmemQ>(
-          args_, tile_, segment, scale_.sign, q_of(segment), kBlockM, [](int32_t row) { return row; },
+      load_queries(
+          args_, tile_, segment, scale_.sign, smem_q(segment), kBlockM, [](int32_t row) { return row; },
           static_cast<int32_t>(threadIdx.x), Traits::kThreads);
     }
   }

@@ -42,15 +42,9 @@ struct Instance {
 
   static constexpr AttentionInstance description() {
     constexpr int32_t kSharedPerSm = 164 * 1024;
-    return {"sm80",
-            kKind,
-            kDType,
-            kHeadDim,
-            Traits::kBlockM,
-            kSharedPerSm / (Traits::kSharedBytes + 1024) < Traits::kMinCtas
-                ? kSharedPerSm / (Traits::kSharedBytes + 1024)
-                : Traits::kMinCtas,
-            &launch};
+    constexpr int32_t kFitting = kSharedPerSm / (Traits::kSharedBytes + 1024);
+    constexpr int32_t kCtas = kFitting < Traits::kMinCtas ? kFitting : Traits::kMinCtas;
+    return {"sm80", kKind, kDType, kHeadDim, Traits::kBlockM, true, kCtas, &launch};
   }
 };
 

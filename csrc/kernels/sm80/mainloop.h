@@ -1,11 +1,12 @@
-// The steps of both mainloops: K and V into shared memory, Q rotated into shared memory, S = Q K^T, mask, O += P V.
+// The steps of both mainloops that are sm80's own: K and V into shared memory by cp.async, S = Q K^T and O += P V by
+// ldmatrix and mma.sync.
 //
 // Tensors are named as in CUTLASS: s for shared memory, r for registers; tS for the partition of Q K^T, tO of P V.
 #pragma once
 
 #include "cache_rows.h"
 #include "key_blocks.h"
-#include "rotary.h"
+#include "queries.h"
 #include "softmax.h"
 #include "traits.h"
 
@@ -43,45 +44,6 @@ __device__ __forceinline__ void load_rows(const CacheRows<Element, kPaged>& sour
       SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint128_t>::copy(*from, *reinterpret_cast<uint128_t*>(smem + layout(row, column)),
                                                        present);
     }
-  }
-}
-
-// --- The queries ---
-
-/// Rotates rows of the tile for `segment` into shared memory of `SmemLayout` (rows, kHeadDim), read anew from global
-/// memory: an unrotated copy beside them would cost as much shared memory as a stage of keys. Lane `lane` of `lanes`;
-/// they hold the rows row_of(0) ... row_of(num_rows - 1).
-template <class SmemLayout, class Element, class RowOf>
-__device__ __forceinline__ void load_queries(const AttentionArgs& args, const WorkTile& tile, Segment segment,
-                                             float sign, Element* smem, int32_t num_rows, RowOf row_of, int32_t lane,
-                                             int32_t lanes) {
-  constexpr int kHeadDim = size<1>(SmemLayout{});
-  const AttentionParams& p = args.p;
-  const RotaryUnits units = RotaryUnits::of(p.rotary, kHeadDim, kVec<Element>);
-  const auto layout = SmemLayout{};
-  CUTE_NO_UNROLL  // beside the accumulators there are no registers for more
-      for (int32_t i = lane; i < num_rows * units.count; i += lanes) {
-    const int32_t row = row_of(i / units.count);
-    const int32_t unit = i % units.count;
-    const auto store = [&](int32_t column, const Vec16<Element>& x) { store16(smem + layout(row, column), x); };
-    const TileRow at = TileRow::of(args, tile, row);
-    if (!at.valid) {
-      Vec16<Element> zero;
-      clear(zero);
-      if (units.paired && unit < units.offset) store(unit * 8, zero);
-      store((unit < units.offset ? unit * 8 + p.rotary.half_dim : (unit + units.offset) * 8), zero);
-      continue;
-    }
-    const int64_t batch = p.cu_seqlens_q != nullptr ? 0 : tile.b;
-    const int64_t table = static_cast<int64_t>(p.chunk.query_position(at.position, segment)) * p.rotary.half_dim;
-    RotaryRow<Element> source;
-    source.data = static_cast<const Element*>(p.q.data) + batch * p.q.stride.batch +
-                  (tile.seqlen.q_row + tile.seqlen.row(at.position)) * p.q.stride.row + at.head * p.q.stride.head;
-    source.head_dim = p.head_dim;
-    source.cos = p.rotary.cos + table;
-    source.sin = p.rotary.sin + table;
-    source.factor = sign;
-    rotate_unit(source, p.rotary, units, unit, store);
   }
 }
 
@@ -153,27 +115,6 @@ __device__ __forceinline__ void multiply_pv(Acc& acc, const Weights& weights, co
     copy(copy_v, tOsV(_, _, k), tOrV_view(_, _, k));
     gemm(mma, tOrP(_, _, k), tOrV(_, _, k), acc);
   });
-}
-
-// --- Mask ---
-
-/// Hides what a row must not see: keys behind the block's count and, in the intra segment, keys behind the row's own
-/// position. `coordinates` are the (row, column) of each logit in its tile.
-template <class Logits, class Coordinates>
-__device__ __forceinline__ void mask_logits(Logits& s, const Coordinates& coordinates, const AttentionArgs& args,
-                                            const WorkTile& tile, const KeyBlock& block, int32_t first_key) {
-  CUTE_UNROLL
-  for (int r = 0; r < size<0>(s); ++r) {
-    int32_t limit = block.count;
-    if (block.segment == Segment::Intra) {
-      const int32_t position = TileRow::of(args, tile, get<0>(coordinates(r, 0))).position;
-      limit = min(limit, position - block.begin + 1);
-    }
-    CUTE_UNROLL
-    for (int c = 0; c < size<1>(s); ++c) {
-      if (first_key + get<1>(coordinates(r, c)) >= limit) s(r, c) = -INFINITY;
-    }
-  }
 }
 
 }  // namespace dca::cuda::sm80

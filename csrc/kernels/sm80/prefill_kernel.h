@@ -9,7 +9,8 @@
 // 1 is, so that softmax and products hide the loads. O leaves through Q's place.
 #pragma once
 
-#include "epilogue.h"
+#include "mainloop.h"
+#include "output_rows.h"
 
 namespace dca::cuda::sm80 {
 
@@ -35,7 +36,7 @@ class PrefillTile {
         scale_(LogitScale::of(tile.scale)) {}
 
   __device__ void run() {
-    KeyBlockIterator walk(tile_.ranges, kBlockN);
+    KeyBlockIterator<> walk(tile_.ranges, kBlockN);
     KeyBlock blocks[kStages];  // the current one and those on their way
     CUTE_UNROLL
     for (int i = 0; i < kStages; ++i) blocks[i] = walk.next();
@@ -126,8 +127,8 @@ class PrefillTile {
 
   __device__ void rotate_queries(Segment segment) {
     __syncwarp();  // every lane has read the old ones
-    load_queries<typename Traits::SmemQ>(
-        args_, tile_, segment, scale_.sign, smem_q_, kRowsPerWarp, [&](int32_t i) { return row_of_warp(i); },
+    load_queries(
+        args_, tile_, segment, scale_.sign, smem_q(), kRowsPerWarp, [&](int32_t i) { return row_of_warp(i); },
         thread_ % 32, 32);
     __syncwarp();
   }
@@ -170,13 +171,12 @@ class PrefillTile {
     copy(copy_o, thr_copy_o.retile_S(rounded), thr_copy_o.partition_D(staging));
     __syncwarp();
     constexpr int kUnits = kHeadDim / 8;
-    const auto layout = typename Traits::SmemQ{};
     for (int32_t i = thread_ % 32; i < kRowsPerWarp * kUnits; i += 32) {
       const int32_t row = row_of_warp(i / kUnits);
       const int32_t column = i % kUnits * 8;
       const TileRow at = TileRow::of(args_, tile_, row);
       if (!at.valid || column >= args_.p.head_dim) continue;
-      store16(rows.out(tile_.seqlen.row(at.position), at.head) + column, load16(smem_q_ + layout(row, column)));
+      store16(rows.out(tile_.seqlen.row(at.position), at.head) + column, load16(&staging(row, column)));
     }
   }
 

@@ -1,9 +1,10 @@
 // Where the results of a tile go: out and lse, or the partial results of a split.
 #pragma once
 
-#include "mainloop.h"
+#include "numeric.h"
+#include "tile_scheduler.h"
 
-namespace dca::cuda::sm80 {
+namespace dca::cuda {
 
 /// Addresses of the rows of a tile's results.
 template <class Element>
@@ -50,10 +51,10 @@ __device__ void clear_rows_without_position(const AttentionArgs& args, const Wor
     const int32_t head = tile.head_begin + i % tile.num_heads;
     const int32_t row = i / tile.num_heads;
     Vec16<Element> zero;
-    clear(zero);
+    cute::clear(zero);
     for (int32_t unit = 0; unit < units; ++unit) store16(rows.out(row, head) + unit * kVec<Element>, zero);
     rows.store_lse(row, head, -INFINITY);
   }
 }
 
-}  // namespace dca::cuda::sm80
+}  // namespace dca::cuda
