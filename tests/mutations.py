@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from test_cuda_suite import MODES, PTXSIM, cutlass_dir, has_gpu
@@ -31,10 +31,15 @@ class Mutation:
     modes: tuple[str, ...] = ("random",)  #: red in one of them is enough
     occurrences: int = 1
     tests: str = "*"
-    settings: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Hopper's kernels for mutations of theirs; the ones for every device for all others."""
+        return {} if self.file.startswith(SM90) else {"DCA_CUDA_KERNELS": "sm80"}
 
 
 SM80 = "csrc/kernels/sm80/"
+SM90 = "csrc/kernels/sm90/"
 COMMON = "csrc/kernels/common/"
 
 MUTATIONS = [
@@ -117,15 +122,54 @@ MUTATIONS = [
         "Element* const value = row_of<Element>(p.v_cache, batch, slot, head);",
         "Element* const value = row_of<Element>(p.v_cache, batch, slot > 0 ? slot - 1 : slot, head);",
     ),
+    Mutation(
+        "Hopper mask: one key too many",
+        SM90 + "mainloop.h",
+        "tile, get<0>(coordinates(r, 0))).position - base + 1;",
+        "tile, get<0>(coordinates(r, 0))).position - base + 2;",
+    ),
+    Mutation(
+        "Hopper segment switch: Q stays as it was",
+        SM90 + "prefill_kernel.h",
+        "if (segment != static_cast<int32_t>(block.segment)) {",
+        "if (segment == -1) {",
+    ),
+    Mutation(
+        "Hopper wait: K is not waited for",
+        SM90 + "prefill_kernel.h",
+        "      Barrier::wait(&shared_.k_full[at.stage], at.phase);\n",
+        "",
+        ("late", "random"),
+    ),
+    Mutation(
+        "Hopper wait: the producer does not wait for free places",
+        SM90 + "prefill_kernel.h",
+        "    EmptyBarrier::wait(&empty[at.stage], at.phase ^ 1);",
+        "    if (false) EmptyBarrier::wait(&empty[at.stage], 0);",
+        ("race", "random", "late"),
+    ),
+    Mutation(
+        "Hopper fence: Q is not made visible to wgmma",
+        SM90 + "prefill_kernel.h",
+        "    cutlass::arch::fence_view_async_shared();\n    synchronize_warpgroup();",
+        "    synchronize_warpgroup();",
+        ("race",),
+    ),
+    Mutation(
+        "Hopper: values of other sequences are not cleared",
+        SM90 + "prefill_kernel.h",
+        "      if (has_foreign_rows(block)) clear_foreign_values(block, at.stage);\n",
+        "",
+    ),
 ]
 
 
 def build(tree: Path, build_dir: Path) -> None:
     """Configures and builds dca_cuda_tests with one prefill and one decode kernel."""
     options = [
-        *("-DDCA_CUDA=ON", "-DDCA_BUILD_TESTS=ON", "-DDCA_CUDA_STATIC_RUNTIME=OFF", "-DDCA_CUDA_ARCHITECTURES=80"),
+        *("-DDCA_CUDA=ON", "-DDCA_BUILD_TESTS=ON", "-DDCA_CUDA_STATIC_RUNTIME=OFF", "-DDCA_CUDA_ARCHITECTURES=80;90a"),
         "-DDCA_CUDA_ALLOW_SPILLS=ON",  # a mutation may spill; that is not what it is here for
-        *("-DDCA_CUDA_INSTANCES=prefill-bf16-64;decode-bf16-64", f"-DCUTLASS_DIR={cutlass_dir()}"),
+        *("-DDCA_CUDA_INSTANCES=prefill-bf16-64;decode-bf16-64;sm90-prefill-bf16-64", f"-DCUTLASS_DIR={cutlass_dir()}"),
     ]
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     for command in (

@@ -26,8 +26,8 @@ bool is_readable_by_tma(const AttentionParams& p, const ConstTensorRef& cache) {
 }
 
 bool has_plain_rows(const AttentionParams& p) {
-  return p.pages.page_table == nullptr && p.cache_leftpad == nullptr && p.seqlen_k > 0 &&
-         (p.cu_seqlens_k == nullptr || p.total_k > 0) && is_readable_by_tma(p, p.k) && is_readable_by_tma(p, p.v);
+  return p.pages.page_table == nullptr && p.seqlen_k > 0 && (p.cu_seqlens_k == nullptr || p.total_k > 0) &&
+         is_readable_by_tma(p, p.k) && is_readable_by_tma(p, p.v);
 }
 
 bool runs_on(const AttentionInstance& instance, const DeviceProperties& device) {

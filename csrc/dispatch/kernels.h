@@ -37,7 +37,7 @@ struct AttentionInstance {
   DType dtype;
   int32_t head_dim;     ///< smaller ones are padded in shared memory
   int32_t block_m;      ///< rows of a tile
-  bool paged;           ///< takes paged K and V, and left padding
+  bool paged;           ///< takes paged K and V
   int32_t ctas_per_sm;  ///< by its shared memory and registers, on a device with 164 KB per SM
   Status (*launch)(const AttentionParams& params, const AttentionPlan& plan);
 };

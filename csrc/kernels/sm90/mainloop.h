@@ -50,13 +50,19 @@ __device__ __forceinline__ void issue_product(Mma& mma, const FragmentA& a, cons
   warpgroup_commit_batch();
 }
 
-/// The mask of a block whose short side is its beginning: it holds the keys behind `base`, and those in front of the
-/// range are another segment's.
+/// Key of the first row that TMA brings for a block: a box has kBlockN rows and ends where the block ends. Negative at
+/// the beginning of a sequence.
+__device__ __forceinline__ int32_t first_key_of_box(const KeyBlock& block, int32_t block_n) {
+  return block.begin + block.count - block_n;
+}
+
+/// Hides the keys in front of a block in its box, which another segment has or nobody, and in the intra segment those
+/// behind the row's own position.
 template <class Logits, class Coordinates>
 __device__ __forceinline__ void mask_block(Logits& s, const Coordinates& coordinates, const AttentionArgs& args,
                                            const WorkTile& tile, const KeyBlock& block, int32_t block_n) {
   const int32_t first = block_n - block.count;
-  const int32_t base = block.begin - first;
+  const int32_t base = first_key_of_box(block, block_n);
   CUTE_UNROLL
   for (int r = 0; r < size<0>(s); ++r) {
     int32_t limit = block_n;

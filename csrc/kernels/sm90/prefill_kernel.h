@@ -44,9 +44,8 @@ class Producer {
                                        uint64_t* full, uint64_t* empty) {
     EmptyBarrier::wait(&empty[at.stage], at.phase ^ 1);  // the first round finds every place free
     Barrier::arrive_and_expect_tx(&full[at.stage], Traits::kBlockBytes);
-    // The block ends where its range ends, so that rows behind the sequence, which may hold anything, are never read.
-    const int64_t last = static_cast<int64_t>(block.begin) + block.count + tile_.seqlen.k_row;
-    const int32_t first_row = static_cast<int32_t>(last - Traits::kBlockN);
+    const int32_t first_row =
+        first_key_of_box(block, Traits::kBlockN) + tile_.seqlen.leftpad + static_cast<int32_t>(tile_.seqlen.k_row);
     const auto all = tma.get_tma_tensor(make_shape(int32_t{}, int32_t{}, int32_t{}, int32_t{}));
     const int32_t batch = args_.attention.p.cu_seqlens_k != nullptr ? 0 : tile_.b;
     const auto from_row = domain_offset(make_coord(first_row, 0, tile_.kv_head, batch), all);
@@ -119,6 +118,7 @@ class Consumer {
       const auto rounded = convert_fragment<Element>(acc_s);
       const auto tOrP = make_tensor(rounded.data(), as_operand_a(rounded.layout()));
       Barrier::wait(&shared_.v_full[at.stage], at.phase);
+      if (has_foreign_rows(block)) clear_foreign_values(block, at.stage);
       issue_product<false>(mma_pv, tOrP, tOrV(_, _, _, at.stage), acc_o);
       warpgroup_wait<0>();
       warpgroup_fence_operand(acc_o);
@@ -139,14 +139,34 @@ class Consumer {
     return make_tensor(mine.data(), as_rows_and_columns(mine.layout()));
   }
 
+  // Whether a box brought rows in front of the sequence: padding, or the end of another sequence. TMA makes rows in
+  // front of all of them 0.
+  __device__ __forceinline__ bool has_foreign_rows(const KeyBlock& block) const {
+    const bool rows_in_front = args_.p.cu_seqlens_k != nullptr || args_.p.cache_leftpad != nullptr;
+    return rows_in_front && first_key_of_box(block, kBlockN) < 0;
+  }
+
+  // A weight of 0 does not hide a NaN in a value that is not the sequence's own. All consumers see the same blocks;
+  // each writer makes its zeros visible to wgmma before they meet.
+  __device__ void clear_foreign_values(const KeyBlock& block, int32_t stage) const {
+    auto sV = make_tensor(make_smem_ptr(shared_.v), typename Traits::SmemKvRing{});
+    constexpr int kUnits = kHeadDim / 8;
+    Vec16<Element> zero;
+    clear(zero);
+    const int32_t count = -first_key_of_box(block, kBlockN) * kUnits;
+    for (int32_t i = thread_; i < count; i += Traits::kConsumerThreads) {
+      store16(&sV(i / kUnits, i % kUnits * 8, stage), zero);
+    }
+    cutlass::arch::fence_view_async_shared();
+    cutlass::arch::NamedBarrier::sync(Traits::kConsumerThreads, 1 + Traits::kConsumers);
+  }
+
   // One arrival per warp: its reads are done, since its warpgroup's products are.
   __device__ __forceinline__ void release(uint64_t& empty) const {
     if (thread_ % 32 == 0) EmptyBarrier::arrive(&empty);
   }
 
-  __device__ void synchronize_warpgroup() const {
-    cutlass::arch::NamedBarrier::sync(128, static_cast<uint32_t>(1 + thread_ / 128));
-  }
+  __device__ void synchronize_warpgroup() const { cutlass::arch::NamedBarrier::sync(128, 1 + thread_ / 128); }
 
   // The warpgroup's own 64 rows. wgmma reads them through the async proxy: each writer makes its stores visible to it
   // before the barrier.
