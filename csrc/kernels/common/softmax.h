@@ -33,10 +33,15 @@ struct OnlineSoftmax {
     for (int r = 0; r < kRows; ++r) row_max[r] = -INFINITY, row_sum[r] = 0.0f;
   }
 
-  /// Turns the logits `s` (kRows, columns) into weights and rescales `o` (kRows, columns). A row may have seen no key
-  /// yet, its logits all -inf.
-  template <class Logits, class Output>
-  __device__ __forceinline__ void update(Logits& s, Output& o, float scale_log2) {
+  /// What the rows of O have to be multiplied by after advance().
+  struct Rescale {
+    float factor[kRows];
+  };
+
+  /// Turns the logits `s` (kRows, columns) into weights. A row may have seen no key yet, its logits all -inf.
+  template <class Logits>
+  __device__ __forceinline__ Rescale advance(Logits& s, float scale_log2) {
+    Rescale rescale;
     CUTE_UNROLL
     for (int r = 0; r < kRows; ++r) {
       float largest = s(r, 0);
@@ -46,19 +51,28 @@ struct OnlineSoftmax {
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
       largest = fmaxf(largest, row_max[r]);
       const float offset = largest == -INFINITY ? 0.0f : largest * scale_log2;
-      const float rescale = exp2_approx(row_max[r] * scale_log2 - offset);
+      rescale.factor[r] = exp2_approx(row_max[r] * scale_log2 - offset);
       row_max[r] = largest;
-      float sum = row_sum[r] * rescale;
+      float sum = row_sum[r] * rescale.factor[r];
       CUTE_UNROLL
       for (int c = 0; c < cute::size<1>(s); ++c) {
         s(r, c) = exp2_approx(s(r, c) * scale_log2 - offset);
         sum += s(r, c);
       }
       row_sum[r] = sum;
-      // The maximum of a row seldom moves once it has seen some hundred keys; `largest` is the same in its four lanes.
-      if (__any_sync(0xffffffff, rescale != 1.0f)) {
+    }
+    return rescale;
+  }
+
+  /// O (kRows, columns) times the factors. The maximum of a row seldom moves once it has seen some hundred keys; a
+  /// factor is the same in the four lanes of its row.
+  template <class Output>
+  __device__ __forceinline__ static void apply(const Rescale& rescale, Output& o) {
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      if (__any_sync(0xffffffff, rescale.factor[r] != 1.0f)) {
         CUTE_UNROLL
-        for (int c = 0; c < cute::size<1>(o); ++c) o(r, c) *= rescale;
+        for (int c = 0; c < cute::size<1>(o); ++c) o(r, c) *= rescale.factor[r];
       }
     }
   }

@@ -76,7 +76,7 @@ class DecodeTile {
       if (tile_.ranges.needs_mask(block, Traits::kBlockN)) {
         mask_logits(s, coordinates<kWarpKeys>(), args_, tile_, block, warp_ * kWarpKeys);
       }
-      softmax.update(s, o, scale_.magnitude_log2);
+      softmax.apply(softmax.advance(s, scale_.magnitude_log2), o);
       multiply_pv<Mma>(acc_o, acc_s, smem_vt(stage), lane_);
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }

@@ -70,7 +70,7 @@ class PrefillTile {
       blocks[kStages - 1] = walk.next();
       wait_for_oldest();  // V of this block; and all warps are done with its K
       load_keys(blocks[kStages - 1], stage);
-      softmax.update(s, o, scale_.magnitude_log2);
+      softmax.apply(softmax.advance(s, scale_.magnitude_log2), o);
       multiply_pv<Mma>(acc_o, acc_s, smem_vt(stage), thread_);
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }

@@ -95,35 +95,64 @@ class Consumer {
     const auto tSrK = thr_qk.partition_fragment_B(sK);
     const auto tOrV = thr_pv.partition_fragment_B(sVt);
 
+    // S = Q K^T of a block is issued before O += P V of the block before it, whose products then run under this block's
+    // softmax. The first block has none before it. `behind` is where V of the block before lies.
     KeyBlockIterator<ShortBlock::First> walk(tile_.ranges, kBlockN);
-    Position at;
-    int32_t segment = -1;
-    for (KeyBlock block = walk.next(); block.count > 0; block = walk.next()) {
-      if (segment != static_cast<int32_t>(block.segment)) {
-        segment = static_cast<int32_t>(block.segment);
-        rotate_queries(block.segment);
-      }
-      auto acc_s = partition_fragment_C(MmaQk{}, Shape<Int<kBlockM>, Int<kBlockN>>{});
+    KeyBlock previous, block = walk.next();
+    Position at, behind;
+    auto acc_s = partition_fragment_C(MmaQk{}, Shape<Int<kBlockM>, Int<kBlockN>>{});
+    auto s = make_tensor(acc_s.data(), as_rows_and_columns(acc_s.layout()));
+    auto weights = make_tensor<Element>(acc_s.layout());
+    const auto tOrP = make_tensor(weights.data(), as_operand_a(weights.layout()));
+
+    const auto issue_qk = [&] {
+      if (previous.count == 0 || previous.segment != block.segment) rotate_queries(block.segment);
       Barrier::wait(&shared_.k_full[at.stage], at.phase);
+      warpgroup_fence_operand(weights);  // nothing may define them between this product and the next
       issue_product<true>(mma_qk, tSrQ, tSrK(_, _, _, at.stage), acc_s);
-      warpgroup_wait<0>();
+    };
+    const auto finish_qk = [&] {
       warpgroup_fence_operand(acc_s);
       release(shared_.k_empty[at.stage]);
-
-      auto s = make_tensor(acc_s.data(), as_rows_and_columns(acc_s.layout()));
+      at.advance();
       if (tile_.ranges.needs_mask(block, kBlockN)) {
         mask_block(s, coordinates<kBlockN>(mma_qk), args_, tile_, block, kBlockN);
       }
-      softmax.update(s, o, scale_.magnitude_log2);
-      const auto rounded = convert_fragment<Element>(acc_s);
-      const auto tOrP = make_tensor(rounded.data(), as_operand_a(rounded.layout()));
-      Barrier::wait(&shared_.v_full[at.stage], at.phase);
-      if (has_foreign_rows(block)) clear_foreign_values(block, at.stage);
-      issue_product<false>(mma_pv, tOrP, tOrV(_, _, _, at.stage), acc_o);
+    };
+    const auto issue_pv = [&] { issue_product<false>(mma_pv, tOrP, tOrV(_, _, _, behind.stage), acc_o); };
+    const auto wait_for_values = [&] {
+      Barrier::wait(&shared_.v_full[behind.stage], behind.phase);
+      if (has_foreign_rows(previous)) clear_foreign_values(previous, behind.stage);
+    };
+    const auto finish_pv = [&] {
       warpgroup_wait<0>();
       warpgroup_fence_operand(acc_o);
-      release(shared_.v_empty[at.stage]);
-      at.advance();
+      release(shared_.v_empty[behind.stage]);
+      behind.advance();
+    };
+
+    if (block.count > 0) {
+      issue_qk();
+      warpgroup_wait<0>();
+      finish_qk();
+      softmax.advance(s, scale_.magnitude_log2);  // O is still 0
+      copy(convert_fragment<Element>(acc_s), weights);
+      previous = block;
+      for (block = walk.next(); block.count > 0; block = walk.next()) {
+        wait_for_values();
+        issue_qk();
+        issue_pv();
+        warpgroup_wait<1>();  // the logits; the values' products go on
+        finish_qk();
+        const auto rescale = softmax.advance(s, scale_.magnitude_log2);
+        finish_pv();
+        softmax.apply(rescale, o);
+        copy(convert_fragment<Element>(acc_s), weights);
+        previous = block;
+      }
+      wait_for_values();
+      issue_pv();
+      finish_pv();
     }
     softmax.finish();
     store(acc_o, o, softmax, coordinates<kHeadDim>(mma_pv));
