@@ -14,7 +14,7 @@ Builds dca_ext on a machine with a CUDA GPU, checks it there and times it, witho
   --python PROGRAM       the Python that has torch (python3)
   --architectures LIST   for DCA_CUDA_ARCHITECTURES ("80" or "90" by the GPU, else the project's default)
   --instances LIST       for DCA_CUDA_INSTANCES (the project's default)
-  --sanitize-filter P    GoogleTest filter for compute-sanitizer (*Small* where such tests exist, else all)
+  --sanitize-filter P    GoogleTest filter for compute-sanitizer (bf16 at head_dim 64 and 128, append, merge)
   --only STEPS           these steps only, separated by commas
   --skip STEPS           not these
   --limit SECONDS        end after about so long (590); what is left then is reported as not run
@@ -22,7 +22,7 @@ Builds dca_ext on a machine with a CUDA GPU, checks it there and times it, witho
   --archive FILE         also pack the results folder into this .tar.gz
   --jobs N               parallel compilations (one per processor)
 
-Steps: machine gtest configure build modules cuda_tests pytest memcheck racecheck dca_bench bench_attention.
+Steps: machine gtest configure build modules cuda_tests pytest memcheck racecheck dca_bench dca_bench_sm80 bench_attention.
 Needs nvcc, cmake, a C++ compiler, and a Python with torch and pybind11. Each step's output is in STEP.log of the
 results folder, the figures are in dca_bench.jsonl and attention.json. A failing step does not stop the next ones; the
 exit status is 0 if all steps that ran succeeded, 1 if one failed, 2 if nothing can run here, 130 if interrupted.
@@ -64,7 +64,7 @@ done
 for folder in "$build" "$cutlass" "$gtest"; do
   [ -z "$folder" ] || [ -d "$folder" ] || die "there is no folder '$folder'."
 done
-known=(machine gtest configure build modules cuda_tests pytest memcheck racecheck dca_bench bench_attention)
+known=(machine gtest configure build modules cuda_tests pytest memcheck racecheck dca_bench dca_bench_sm80 bench_attention)
 for step in ${only//,/ } ${skip//,/ }; do
   [[ " ${known[*]} " == *" $step "* ]] || die "there is no step '$step'; gpu_check.sh --help lists them."
 done
@@ -180,25 +180,21 @@ step_modules() {
 # A build folder from elsewhere does not know where this machine keeps the CUDA runtime.
 cuda_tests() { LD_LIBRARY_PATH=$cuda_lib:${LD_LIBRARY_PATH:-} "$@"; }
 
+# Small shapes of every kind of kernel: the sanitizers take many times a test's own time.
 sanitize_filter() {
-  if [ -n "$filter" ]; then
-    echo "$filter"
-  elif cuda_tests "$tree/tests/cpp/dca_cuda_tests" --gtest_list_tests --gtest_filter='*Small*' | grep -q '^  '; then
-    echo '*Small*'
-  else
-    echo '*'
-  fi
+  local small='*CudaPrefill*bf16_dim64:*CudaPrefill*bf16_dim128:*CudaDecode*bf16_dim64:*CudaDecode*bf16_dim128'
+  echo "${filter:-$small:CudaAppend*:CudaMerge*-*LongC*}"
 }
 
-step_cuda_tests() { cuda_tests "$tree/tests/cpp/dca_cuda_tests" --gtest_brief=1; }
+step_cuda_tests() { cuda_tests "$tree/tests/cpp/cuda/dca_cuda_tests" --gtest_brief=1; }
 
 step_memcheck() {
-  cuda_tests compute-sanitizer --tool memcheck --error-exitcode 9 "$tree/tests/cpp/dca_cuda_tests" --gtest_brief=1 \
+  cuda_tests compute-sanitizer --tool memcheck --error-exitcode 9 "$tree/tests/cpp/cuda/dca_cuda_tests" --gtest_brief=1 \
     --gtest_filter="$(sanitize_filter)"
 }
 
 step_racecheck() {
-  cuda_tests compute-sanitizer --tool racecheck --error-exitcode 9 "$tree/tests/cpp/dca_cuda_tests" --gtest_brief=1 \
+  cuda_tests compute-sanitizer --tool racecheck --error-exitcode 9 "$tree/tests/cpp/cuda/dca_cuda_tests" --gtest_brief=1 \
     --gtest_filter="$(sanitize_filter)"
 }
 
@@ -238,6 +234,12 @@ merge --heads=32 --seqlen=32768
 LINES
   rm -f "$out/dca_bench.tmp"
   return "$failed"
+}
+
+# The kernels for every device, where the device would choose Hopper's.
+step_dca_bench_sm80() {
+  DCA_CUDA_KERNELS=sm80 cuda_tests "$tree/bench/cpp/dca_bench" prefill --heads=32 --kv-heads=8 --seqlen=16384 \
+    --device=cuda --json "$out/dca_bench_sm80.json"
 }
 
 step_bench_attention() {
@@ -324,7 +326,7 @@ else
 fi
 run_step modules 90
 
-if [ -x "$tree/tests/cpp/dca_cuda_tests" ]; then
+if [ -x "$tree/tests/cpp/cuda/dca_cuda_tests" ]; then
   run_step cuda_tests 120
 else
   skip_step cuda_tests "there is no dca_cuda_tests: no GoogleTest (see --gtest), or its build failed"
@@ -335,7 +337,7 @@ else
   skip_step pytest "the Python modules were not built"
 fi
 for step in memcheck racecheck; do
-  if ! [ -x "$tree/tests/cpp/dca_cuda_tests" ]; then
+  if ! [ -x "$tree/tests/cpp/cuda/dca_cuda_tests" ]; then
     skip_step "$step" "there is no dca_cuda_tests"
   elif ! command -v compute-sanitizer >/dev/null; then
     skip_step "$step" "there is no compute-sanitizer"
@@ -345,6 +347,7 @@ for step in memcheck racecheck; do
 done
 if [ -x "$tree/bench/cpp/dca_bench" ]; then
   run_step dca_bench 120
+  run_step dca_bench_sm80 30
 else
   skip_step dca_bench "there is no dca_bench: its build failed"
 fi
