@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args = _build_parser(argv).parse_args(argv)
-        return args.run(args)
+        status: int = args.run(args)
+        sys.stdout.flush()  # here, where a reader that has left can still be told from an error
+        return status
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return _INTERRUPTED
