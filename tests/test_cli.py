@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -345,7 +346,8 @@ def test_ctrl_c_is_130_without_traceback(monkeypatch, capsys):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="uses a POSIX pipe")
 def test_reader_that_leaves_is_no_error():
-    done = subprocess.run(
-        [f"{sys.executable} -m dca_ext info --json | true"], shell=True, capture_output=True, text=True, timeout=120
-    )
+    # Unbuffered output would break while it is written; buffered output, the usual one, when it is flushed.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = f"{sys.executable} -m dca_ext info --json | true"
+    done = subprocess.run([command], shell=True, capture_output=True, text=True, timeout=120, env=environment)
     assert done.stderr == ""
