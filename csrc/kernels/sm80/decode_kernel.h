@@ -140,15 +140,15 @@ class DecodeTile {
     copy(copy_a, thr_copy_a.partition_S(smem_q(segment)), thr_copy_a.retile_D(tSrQ));
   }
 
-  // exchange: O (kWarps, kBlockM, kHeadDim) | max in powers of two (kWarps, kBlockM) | sum (kWarps, kBlockM)
+  // exchange: O (kWarps, kBlockM, kExchangeRow) | max in powers of two (kWarps, kBlockM) | sum (kWarps, kBlockM)
   __device__ float* exchange_o(int32_t warp, int32_t row) const {
-    return exchange_ + (warp * kBlockM + row) * kHeadDim;
+    return exchange_ + (warp * kBlockM + row) * Traits::kExchangeRow;
   }
   __device__ float& exchange_max(int32_t warp, int32_t row) const {
-    return exchange_[Traits::kWarps * kBlockM * kHeadDim + warp * kBlockM + row];
+    return exchange_[Traits::kWarps * kBlockM * Traits::kExchangeRow + warp * kBlockM + row];
   }
   __device__ float& exchange_sum(int32_t warp, int32_t row) const {
-    return exchange_[Traits::kWarps * kBlockM * (kHeadDim + 1) + warp * kBlockM + row];
+    return exchange_[Traits::kWarps * kBlockM * (Traits::kExchangeRow + 1) + warp * kBlockM + row];
   }
 
   template <class Rows>

@@ -83,7 +83,8 @@ struct DecodeTraits {
   static constexpr int kStageElements = kWarpKeys * kHeadDim;
   static constexpr int kQueryBytes = kNumSegments * kBlockM * kHeadDim * 2;
   static constexpr int kRingBytes = 2 * kStages * kWarps * kStageElements * 2;
-  static constexpr int kExchangeBytes = kWarps * kBlockM * (kHeadDim + 2) * 4;  // in the place of the ring
+  static constexpr int kExchangeRow = kHeadDim + 8;  // floats; so that four rows of a half warp's stores share no bank
+  static constexpr int kExchangeBytes = kWarps * kBlockM * (kExchangeRow + 2) * 4;  // in the place of the ring
   static constexpr int kSharedBytes = kQueryBytes + (kRingBytes > kExchangeBytes ? kRingBytes : kExchangeBytes);
   static_assert(kSharedBytes + 1024 <= kMaxSharedBytes);  // the tile lies there too
 
