@@ -40,6 +40,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("include/dca/params.h", '"../../cpu/threading.h"'),
         ("include/dca/dca.h", '"backends.h"'),
         ("reference/reference.cpp", '"../cpu/cache_rows.h"'),
+        ("kernels/sm80/mainloop.h", "<torch/csrc/stable/tensor.h>"),
+        ("kernels/common/softmax.h", '"../../cpu/combine.h"'),
         ("python/core_module.cpp", "<torch/extension.h>"),
         ("torch/operators.cpp", "<ATen/ATen.h>"),
         ("torch/operators.cpp", "<torch/torch.h>"),
