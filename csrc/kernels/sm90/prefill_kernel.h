@@ -197,9 +197,11 @@ class Consumer {
 
   __device__ void synchronize_warpgroup() const { cutlass::arch::NamedBarrier::sync(128, 1 + thread_ / 128); }
 
-  // The warpgroup's own 64 rows. wgmma reads them through the async proxy: each writer makes its stores visible to it
-  // before the barrier.
+  // The warpgroup's own 64 rows. A warp writes rows of the other three as well, whose share of the last product need not
+  // be done when its own is: hence the first barrier. wgmma reads Q through the async proxy: each writer makes its
+  // stores visible to it before the second.
   __device__ void rotate_queries(Segment segment) {
+    synchronize_warpgroup();
     const int32_t first_row = thread_ / 128 * 64;
     load_queries(
         args_, tile_, segment, scale_.sign, smem_q(), 64, [&](int32_t i) { return first_row + i; }, thread_ % 128, 128);
