@@ -131,8 +131,8 @@ MUTATIONS = [
     Mutation(
         "Hopper segment switch: Q stays as it was",
         SM90 + "prefill_kernel.h",
-        "if (segment != static_cast<int32_t>(block.segment)) {",
-        "if (segment == -1) {",
+        "if (previous.count == 0 || previous.segment != block.segment) rotate_queries(block.segment);",
+        "if (previous.count == 0) rotate_queries(block.segment);",
     ),
     Mutation(
         "Hopper wait: K is not waited for",
@@ -158,7 +158,7 @@ MUTATIONS = [
     Mutation(
         "Hopper: values of other sequences are not cleared",
         SM90 + "prefill_kernel.h",
-        "      if (has_foreign_rows(block)) clear_foreign_values(block, at.stage);\n",
+        "      if (has_foreign_rows(previous)) clear_foreign_values(previous, behind.stage);\n",
         "",
     ),
 ]
