@@ -113,7 +113,7 @@ MUTATIONS = [
     Mutation(
         "softmax: O keeps its scale when the maximum moves",
         COMMON + "softmax.h",
-        "o(r, c) *= rescale;",
+        "o(r, c) *= rescale.factor[r];",
         "o(r, c) *= 1.0f;",
     ),
     Mutation(
