@@ -88,10 +88,12 @@ inline void check_like(const char* name, const Tensor& t, const Tensor& q, int64
   }
 }
 
-/// (batch, seqlen, heads, head_dim), or (total, heads, head_dim) without a batch stride.
+/// (batch, seqlen, heads, head_dim), or (total, heads, head_dim) without a batch stride. What a view calls the stride
+/// of a dimension of one entry means nothing, and need not be what the kernels ask of strides.
 inline Strides strides_of(const Tensor& t) {
-  if (t.dim() == 3) return {0, t.stride(0), t.stride(1)};
-  return {t.stride(0), t.stride(1), t.stride(2)};
+  const auto stride = [&](int64_t d) { return t.size(d) > 1 ? t.stride(d) : 0; };
+  if (t.dim() == 3) return {0, stride(0), stride(1)};
+  return {stride(0), stride(1), stride(2)};
 }
 
 inline ConstTensorRef const_ref(const Tensor& t) { return {t.const_data_ptr(), strides_of(t)}; }

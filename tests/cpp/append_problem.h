@@ -137,4 +137,22 @@ inline void expect_rotated(const AppendShape& shape) {
   EXPECT_TRUE(out.gaps_are_nan());
 }
 
+/// Shapes of rotate_keys: many rows, padded ones, pairs that fit no vector, ragged rows.
+inline std::vector<AppendShape> shapes_to_rotate(DType dtype) {
+  std::vector<AppendShape> shapes;
+  AppendShape shape;
+  shape.dtype = dtype;
+  shape.new_rows.assign(3, 70);  // more than one CPU task's worth of rows
+  shapes.push_back(shape);
+  shape.leftpads = {3, 13, 0};
+  shapes.push_back(shape);
+  shape.interleaved = true;
+  shape.half_rotary_dim = 7;
+  shapes.push_back(shape);
+  shape.ragged = true;
+  shape.new_rows = {4, 0, 17};
+  shapes.push_back(shape);
+  return shapes;
+}
+
 }  // namespace dca::testing

@@ -1,7 +1,7 @@
 // Where the results of a tile go: out and lse, or the partial results of a split.
 #pragma once
 
-#include "numeric.h"
+#include "softmax.h"
 #include "tile_scheduler.h"
 
 namespace dca::cuda {
@@ -54,6 +54,45 @@ __device__ void clear_rows_without_position(const AttentionArgs& args, const Wor
     cute::clear(zero);
     for (int32_t unit = 0; unit < units; ++unit) store16(rows.out(row, head) + unit * kVec<Element>, zero);
     rows.store_lse(row, head, -INFINITY);
+  }
+}
+
+/// Divides a thread's rows of O, (rows, columns) at `coordinates` of the tile, by their sums, stores their LSE and, of
+/// a split, the rows themselves. `leader`: whether this lane stores for the four that share a row.
+template <class Element, int kRows, class Output, class Coordinates>
+__device__ __forceinline__ void finish_rows(const OutputRows<Element>& rows, const OnlineSoftmax<kRows>& softmax,
+                                            Output& o, const Coordinates& coordinates, float scale_log2, bool leader) {
+  CUTE_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    const float inverse = softmax.row_sum[r] == 0.0f ? 0.0f : 1.0f / softmax.row_sum[r];
+    CUTE_UNROLL
+    for (int c = 0; c < cute::size<1>(o); ++c) o(r, c) *= inverse;
+    const TileRow at = TileRow::of(rows.args, rows.tile, cute::get<0>(coordinates(r, 0)));
+    if (!at.valid) continue;
+    const int32_t row = rows.tile.seqlen.row(at.position);
+    if (leader) rows.store_lse(row, at.head, softmax.lse(r, scale_log2));
+    if (rows.args.plan.num_splits == 1) continue;
+    float* const accum = rows.out_accum(row, at.head);
+    CUTE_UNROLL
+    for (int c = 0; c < cute::size<1>(o); c += 2) {
+      const int32_t column = cute::get<1>(coordinates(r, c));
+      if (column < rows.args.p.head_dim) *reinterpret_cast<float2*>(accum + column) = {o(r, c), o(r, c + 1)};
+    }
+  }
+}
+
+/// Copies rows of a tile from `staging` (rows, kHeadDim) in shared memory to out, 16 bytes at a time: those of one
+/// warp, row_of(0) ... row_of(num_rows - 1). Rows of other tiles are not touched.
+template <class Element, class Staging, class RowOf>
+__device__ __forceinline__ void store_rows_of_warp(const OutputRows<Element>& rows, Staging&& staging, int32_t num_rows,
+                                                   RowOf row_of, int32_t lane) {
+  constexpr int kUnits = decltype(cute::size<1>(staging))::value / kVec<Element>;
+  for (int32_t i = lane; i < num_rows * kUnits; i += 32) {
+    const int32_t row = row_of(i / kUnits);
+    const int32_t column = i % kUnits * kVec<Element>;
+    const TileRow at = TileRow::of(rows.args, rows.tile, row);
+    if (!at.valid || column >= rows.args.p.head_dim) continue;
+    store16(rows.out(rows.tile.seqlen.row(at.position), at.head) + column, load16(&staging(row, column)));
   }
 }
 

@@ -139,28 +139,11 @@ class PrefillTile {
     const auto all = make_identity_tensor(Shape<Int<kBlockM>, Int<kHeadDim>>{});
     const auto mine = Mma{}.get_slice(thread_).partition_C(all);
     const auto coordinates = make_tensor(mine.data(), as_rows_and_columns(mine.layout()));
-    CUTE_UNROLL
-    for (int r = 0; r < kThreadRows; ++r) {
-      const float inverse = softmax.row_sum[r] == 0.0f ? 0.0f : 1.0f / softmax.row_sum[r];
-      CUTE_UNROLL
-      for (int c = 0; c < size<1>(o); ++c) o(r, c) *= inverse;
-      const TileRow at = TileRow::of(args_, tile_, get<0>(coordinates(r, 0)));
-      if (!at.valid) continue;
-      const int32_t row = tile_.seqlen.row(at.position);
-      if (thread_ % 4 == 0) rows.store_lse(row, at.head, softmax.lse(r, scale_.magnitude_log2));
-      if (args_.plan.num_splits > 1) {
-        float* const accum = rows.out_accum(row, at.head);
-        CUTE_UNROLL
-        for (int c = 0; c < size<1>(o); c += 2) {
-          const int32_t column = get<1>(coordinates(r, c));
-          if (column < args_.p.head_dim) *reinterpret_cast<float2*>(accum + column) = {o(r, c), o(r, c + 1)};
-        }
-      }
-    }
+    finish_rows(rows, softmax, o, coordinates, scale_.magnitude_log2, thread_ % 4 == 0);
     if (args_.plan.num_splits == 1) store_rounded(acc_o, rows);
   }
 
-  // Through the warp's rows of Q, so that a row leaves in 16-byte pieces; rows of other tiles are not touched.
+  // Through the warp's rows of Q, so that a row leaves in 16-byte pieces.
   template <class Acc>
   __device__ void store_rounded(const Acc& acc_o, const OutputRows<Element>& rows) {
     const auto rounded = convert_fragment<Element>(acc_o);
@@ -170,14 +153,8 @@ class PrefillTile {
     auto staging = smem_q();
     copy(copy_o, thr_copy_o.retile_S(rounded), thr_copy_o.partition_D(staging));
     __syncwarp();
-    constexpr int kUnits = kHeadDim / 8;
-    for (int32_t i = thread_ % 32; i < kRowsPerWarp * kUnits; i += 32) {
-      const int32_t row = row_of_warp(i / kUnits);
-      const int32_t column = i % kUnits * 8;
-      const TileRow at = TileRow::of(args_, tile_, row);
-      if (!at.valid || column >= args_.p.head_dim) continue;
-      store16(rows.out(tile_.seqlen.row(at.position), at.head) + column, load16(&staging(row, column)));
-    }
+    store_rows_of_warp(
+        rows, staging, kRowsPerWarp, [&](int32_t i) { return row_of_warp(i); }, thread_ % 32);
   }
 
   const AttentionArgs& args_;

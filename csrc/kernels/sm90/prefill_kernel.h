@@ -197,8 +197,8 @@ class Consumer {
 
   __device__ void synchronize_warpgroup() const { cutlass::arch::NamedBarrier::sync(128, 1 + thread_ / 128); }
 
-  // The warpgroup's own 64 rows. A warp writes rows of the other three as well, whose share of the last product need not
-  // be done when its own is: hence the first barrier. wgmma reads Q through the async proxy: each writer makes its
+  // The warpgroup's own 64 rows. A warp writes rows of the other three as well, whose share of the last product need
+  // not be done when its own is: hence the first barrier. wgmma reads Q through the async proxy: each writer makes its
   // stores visible to it before the second.
   __device__ void rotate_queries(Segment segment) {
     synchronize_warpgroup();
@@ -212,28 +212,11 @@ class Consumer {
   template <class Acc, class Rows, class Coordinates>
   __device__ void store(const Acc& acc_o, Rows& o, const OnlineSoftmax<kThreadRows>& softmax, const Coordinates& at) {
     const OutputRows<Element> rows{args_, tile_};
-    CUTE_UNROLL
-    for (int r = 0; r < kThreadRows; ++r) {
-      const float inverse = softmax.row_sum[r] == 0.0f ? 0.0f : 1.0f / softmax.row_sum[r];
-      CUTE_UNROLL
-      for (int c = 0; c < size<1>(o); ++c) o(r, c) *= inverse;
-      const TileRow to = TileRow::of(args_, tile_, get<0>(at(r, 0)));
-      if (!to.valid) continue;
-      const int32_t row = tile_.seqlen.row(to.position);
-      if (thread_ % 4 == 0) rows.store_lse(row, to.head, softmax.lse(r, scale_.magnitude_log2));
-      if (args_.plan.num_splits > 1) {
-        float* const accum = rows.out_accum(row, to.head);
-        CUTE_UNROLL
-        for (int c = 0; c < size<1>(o); c += 2) {
-          const int32_t column = get<1>(at(r, c));
-          if (column < args_.p.head_dim) *reinterpret_cast<float2*>(accum + column) = {o(r, c), o(r, c + 1)};
-        }
-      }
-    }
+    finish_rows(rows, softmax, o, at, scale_.magnitude_log2, thread_ % 4 == 0);
     if (args_.plan.num_splits == 1) store_rounded(acc_o, o, rows, at);
   }
 
-  // Through the warp's rows of Q, so that a row leaves in 16-byte pieces; rows of other tiles are not touched.
+  // Through the warp's rows of Q, so that a row leaves in 16-byte pieces.
   template <class Acc, class Rows, class Coordinates>
   __device__ void store_rounded(const Acc& acc_o, const Rows& o, const OutputRows<Element>& rows,
                                 const Coordinates& at) {
@@ -250,14 +233,9 @@ class Consumer {
       }
     }
     __syncwarp();
-    constexpr int kUnits = kHeadDim / 8;
-    for (int32_t i = thread_ % 32; i < 16 * kUnits; i += 32) {
-      const int32_t row = thread_ / 32 * 16 + i / kUnits;
-      const int32_t column = i % kUnits * 8;
-      const TileRow to = TileRow::of(args_, tile_, row);
-      if (!to.valid || column >= args_.p.head_dim) continue;
-      store16(rows.out(tile_.seqlen.row(to.position), to.head) + column, load16(&staging(row, column)));
-    }
+    const int32_t first_row = thread_ / 32 * 16;
+    store_rows_of_warp(
+        rows, staging, 16, [&](int32_t i) { return first_row + i; }, thread_ % 32);
   }
 
   const AttentionArgs& args_;

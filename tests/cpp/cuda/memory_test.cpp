@@ -104,19 +104,10 @@ TEST(CudaAppend, PastTheCacheIsDropped) {
 
 TEST(CudaRotateKeys, MatchesTheReference) {
   for (const DType dtype : kDTypes) {
-    AppendShape shape;
-    shape.dtype = dtype;
-    shape.new_rows.assign(3, 70);
-    expect_rotated(shape);
-    shape.leftpads = {3, 13, 0};
-    expect_rotated(shape);
-    shape.interleaved = true;
-    shape.half_rotary_dim = 7;
-    expect_rotated(shape);
-    shape.ragged = true;
-    shape.new_rows = {4, 0, 17};
-    expect_rotated(shape);
-    kernel_cases += 4;
+    for (const AppendShape& shape : shapes_to_rotate(dtype)) {
+      expect_rotated(shape);
+      ++kernel_cases;
+    }
   }
 }
 
