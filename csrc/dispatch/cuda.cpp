@@ -1,6 +1,7 @@
 // CUDA calls: from shapes and the device to a compiled instance and a plan. Nothing here depends on values in device
 // memory, so that a captured CUDA graph serves every length.
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <string>
 #include <string_view>
@@ -16,35 +17,46 @@ int64_t total_rows(const AttentionParams& p) {
   return p.cu_seqlens_q != nullptr ? p.total_q : static_cast<int64_t>(p.batch) * p.seqlen_q;
 }
 
-// What TMA can read: it does not follow page tables, takes no strides of 0 or past 2^40 bytes, and brings whole blocks
-// of rows, so that rows in front of a sequence must hold numbers, which padding need not.
-bool is_readable_by_tma(const AttentionParams& p, const ConstTensorRef& cache) {
+// What TMA can reach: strides that are not 0 and less than 2^40 bytes, and rows that 32 bits can count.
+bool fits_tma(const Strides& stride, int64_t rows, int32_t heads, int64_t batch) {
   constexpr int64_t kLimit = (int64_t{1} << 40) / 2;
-  const auto fits = [](int64_t stride, int64_t count) { return count <= 1 || (stride > 0 && stride < kLimit); };
-  return cache.data != nullptr && fits(cache.stride.row, p.cu_seqlens_k != nullptr ? p.total_k : p.seqlen_k) &&
-         fits(cache.stride.head, p.num_heads_kv) && (p.cu_seqlens_k != nullptr || fits(cache.stride.batch, p.batch));
+  const auto fits = [](int64_t step, int64_t count) { return count <= 1 || (step > 0 && step < kLimit); };
+  return rows > 0 && rows <= INT32_MAX && batch <= INT32_MAX && fits(stride.row, rows) && fits(stride.head, heads) &&
+         fits(stride.batch, batch);
 }
 
-bool has_plain_rows(const AttentionParams& p) {
-  return p.pages.page_table == nullptr && p.seqlen_k > 0 && (p.cu_seqlens_k == nullptr || p.total_k > 0) &&
-         is_readable_by_tma(p, p.k) && is_readable_by_tma(p, p.v);
+bool fits_tma(const AttentionParams& p, const ConstTensorRef& cache) {
+  if (cache.data == nullptr) return false;
+  if (p.pages.page_table != nullptr) {
+    return p.pages.num_pages > 0 && fits_tma(cache.stride, p.pages.page_size, p.num_heads_kv, p.pages.num_pages);
+  }
+  if (p.cu_seqlens_k != nullptr) return fits_tma(cache.stride, p.total_k, p.num_heads_kv, 1);
+  return fits_tma(cache.stride, p.seqlen_k, p.num_heads_kv, p.batch);
 }
 
-bool runs_on(const AttentionInstance& instance, const DeviceProperties& device) {
-  const bool hopper = std::string_view(instance.architecture) == "sm90";
-  return hopper ? device.major == 9 && device.minor == 0 : device.major >= 8;
+bool can_run(const AttentionInstance& instance, const AttentionParams& p, const DeviceProperties& device) {
+  if (std::string_view(instance.architecture) == "sm80") return device.major >= 8;
+  return device.major == 9 && device.minor == 0 && fits_tma(p, p.k) && fits_tma(p, p.v);
+}
+
+// DCA_CUDA_KERNELS=sm80 leaves the kernels of other architectures out, sm90:VARIANT asks for a variant, to compare
+// them.
+bool is_wanted(const AttentionInstance& instance) {
+  const char* const only = std::getenv("DCA_CUDA_KERNELS");
+  const std::string_view variant = instance.variant;
+  if (only == nullptr || *only == '\0') return variant.empty();
+  std::string name = instance.architecture;
+  if (!variant.empty()) name.append(":").append(variant);
+  return name == only;
 }
 
 // The instance with the smallest head_dim that holds the call's, of the newest architecture; nullptr: none.
-// DCA_CUDA_KERNELS=sm80 leaves the others out, to compare them.
 const AttentionInstance* find_instance(const AttentionParams& p, TileKind kind, const DeviceProperties& device) {
-  static const char* const only = std::getenv("DCA_CUDA_KERNELS");
   const AttentionInstance* best = nullptr;
   for (int32_t i = 0; i < kNumAttentionInstances; ++i) {
     const AttentionInstance& instance = kAttentionInstances[i];
     const bool fits = instance.kind == kind && instance.dtype == p.dtype && instance.head_dim >= p.head_dim &&
-                      runs_on(instance, device) && (instance.paged || has_plain_rows(p)) &&
-                      (only == nullptr || std::string_view(only) == instance.architecture);
+                      is_wanted(instance) && can_run(instance, p, device);
     if (!fits) continue;
     const bool better = best == nullptr || instance.head_dim < best->head_dim ||
                         (instance.head_dim == best->head_dim &&
@@ -55,7 +67,8 @@ const AttentionInstance* find_instance(const AttentionParams& p, TileKind kind, 
 }
 
 std::string name_of(const AttentionInstance& instance) {
-  return std::string(instance.architecture) + (instance.kind == TileKind::Prefill ? "/prefill" : "/decode") +
+  const std::string variant = *instance.variant == '\0' ? "" : ":" + std::string(instance.variant);
+  return instance.architecture + variant + (instance.kind == TileKind::Prefill ? "/prefill" : "/decode") +
          (instance.dtype == DType::BFloat16 ? "/bf16/" : "/fp16/") + std::to_string(instance.head_dim);
 }
 
@@ -94,9 +107,17 @@ Status choose(const AttentionParams& p, Choice* choice) {
   plan.num_head_tiles = (group + shape.heads - 1) / shape.heads;
   plan.num_query_tiles = static_cast<int32_t>(QueryTiles::max_count(p.chunk, p.seqlen_q, shape.positions));
   const int64_t tiles = static_cast<int64_t>(plan.num_query_tiles) * p.batch * p.num_heads_kv * plan.num_head_tiles;
-  plan.num_splits = p.num_splits > 0
-                        ? p.num_splits
-                        : cuda_num_splits(tiles, device.multiprocessors * choice->instance->ctas_per_sm, p.seqlen_k);
+  const int32_t slots = device.multiprocessors * choice->instance->ctas_per_sm;
+  plan.num_splits = p.num_splits > 0 ? p.num_splits : cuda_num_splits(tiles, slots, p.seqlen_k);
+  if (tiles * plan.num_splits > INT32_MAX) {
+    return {StatusCode::InvalidArgument, "attention: the batch is too large for one launch; got " +
+                                             std::to_string(tiles * plan.num_splits) + " tiles"};
+  }
+  const bool equal_lengths = p.cu_seqlens_q == nullptr && p.cu_seqlens_k == nullptr && p.cache_seqlens == nullptr &&
+                             p.cache_leftpad == nullptr;
+  plan.num_ctas = cuda_num_ctas(tiles * plan.num_splits, slots, choice->instance->persistent, equal_lengths);
+  const bool ragged = p.cu_seqlens_q != nullptr;
+  plan.out_fits_tma = fits_tma(p.out.stride, ragged ? p.total_q : p.seqlen_q, p.num_heads, ragged ? 1 : p.batch);
   return {};
 }
 

@@ -56,6 +56,13 @@ constexpr CudaTileShape cuda_tile_shape(int32_t group, int32_t seqlen_q, int32_t
   return {heads, block_m / heads};
 }
 
+/// CTAs for `num_tiles` tiles on a device that holds `num_slots` at a time. A kernel whose CTAs take tile after tile
+/// fills the device once, in a fixed order; that is even where all sequences have one length. Else every tile has its
+/// CTA, and the device deals them out as others end.
+constexpr int64_t cuda_num_ctas(int64_t num_tiles, int32_t num_slots, bool persistent, bool equal_lengths) {
+  return persistent && equal_lengths ? std::min<int64_t>(num_tiles, std::max(1, num_slots)) : num_tiles;
+}
+
 /// Key splits per tile on a device that holds `num_slots` CTAs at a time. Split only where the tiles leave slots empty;
 /// then fill them once, with at least 256 keys of the cache's capacity in each split: each writes its partial result in
 /// fp32, and the last wave of a grid that is a little too large costs as much as the first.

@@ -23,6 +23,8 @@ struct AttentionPlan {
   int32_t num_head_tiles = 1;   ///< per KV head
   int32_t num_query_tiles = 1;  ///< per sequence: the most that its rows can have
   int32_t num_splits = 1;
+  int64_t num_ctas = 1;        ///< of the launch: a CTA for each tile, or fewer, which take tile after tile
+  bool out_fits_tma = false;   ///< the strides of out are such that TMA can store to it
   float* out_accum = nullptr;  ///< (num_splits, total rows, num_heads, head_dim) (device); null if num_splits == 1
   float* lse_accum = nullptr;  ///< (num_splits, total rows, num_heads) (device)
 };
@@ -32,13 +34,14 @@ enum class TileKind : int32_t { Prefill = 0, Decode = 1 };
 
 /// One compiled attention kernel.
 struct AttentionInstance {
-  const char* architecture;  ///< "sm80": any device from 8.0 on; "sm90": 9.0 alone
+  const char* architecture;  ///< "sm80": any device from 8.0 on; "sm90": 9.0 alone, K and V that TMA can read
+  const char* variant;       ///< "": what calls get; others are there to be timed, and chosen by DCA_CUDA_KERNELS
   TileKind kind;
   DType dtype;
   int32_t head_dim;     ///< smaller ones are padded in shared memory
   int32_t block_m;      ///< rows of a tile
-  bool paged;           ///< takes paged K and V
   int32_t ctas_per_sm;  ///< by its shared memory and registers, on a device with 164 KB per SM
+  bool persistent;      ///< its CTAs take tile after tile
   Status (*launch)(const AttentionParams& params, const AttentionPlan& plan);
 };
 

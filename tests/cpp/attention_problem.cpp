@@ -195,7 +195,12 @@ AttentionParams AttentionProblem::params() {
     p.total_k = cu_seqlens_k_.back();
     p.cu_seqlens_k = cu_seqlens_k_.data();
   } else {
-    p.cache_seqlens = cache_seqlens_.data();
+    // Lengths that are all alike come as a number, others from memory, so that both are tested.
+    const int32_t length = cache_seqlens_.empty() ? 0 : cache_seqlens_.front();
+    const bool alike =
+        std::all_of(cache_seqlens_.begin(), cache_seqlens_.end(), [&](int32_t l) { return l == length; });
+    if (alike) p.cache_seqlen = length;
+    p.cache_seqlens = alike ? nullptr : cache_seqlens_.data();
   }
   if (shape_.keys == KeyLayout::Paged) {
     p.pages = {page_table_.data(), max_pages_, max_pages_, shape_.page_size, num_pages_};

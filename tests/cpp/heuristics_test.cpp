@@ -82,5 +82,13 @@ TEST(Heuristics, CudaSplitsFillTheDeviceOnceAndAreNotShort) {
   }
 }
 
+TEST(CudaHeuristics, CtasOfPersistentKernelsFillTheDeviceOnce) {
+  EXPECT_EQ(cuda_num_ctas(4096, 132, true, true), 132);
+  EXPECT_EQ(cuda_num_ctas(100, 132, true, true), 100);
+  EXPECT_EQ(cuda_num_ctas(4096, 132, true, false), 4096) << "lengths differ: the device deals tiles out";
+  EXPECT_EQ(cuda_num_ctas(4096, 132, false, true), 4096);
+  EXPECT_EQ(cuda_num_ctas(4096, 0, true, true), 1) << "a device that says it has no room still gets a launch";
+}
+
 }  // namespace
 }  // namespace dca

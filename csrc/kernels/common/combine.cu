@@ -1,6 +1,6 @@
 // Joins the partial results of split keys: out = sum_s exp(lse_s - lse) out_s, lse = ln sum_s exp(lse_s).
 //
-// One warp per (row, head). Lanes first share the splits out for the weights, then the columns.
+// On Hopper it starts while the attention kernel ends, and waits for it. One warp per (row, head). Lanes first share the splits out for the weights, then the columns.
 #include "launch_check.h"
 #include "numeric.h"
 #include "tile_scheduler.h"
@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(32 * kWarps) combine_kernel(const __grid_const
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;  // row * num_heads + head
   const int64_t stride = args.total_rows * p.num_heads;
   if (index >= stride) return;
+  wait_for_previous_kernel();
   const int64_t row = index / p.num_heads;
   const int32_t head = static_cast<int32_t>(index % p.num_heads);
 
@@ -97,7 +98,9 @@ Status launch_combine(const AttentionParams& params, const AttentionPlan& plan) 
   const int64_t ctas = (args.total_rows * params.num_heads + kWarps - 1) / kWarps;
   const auto kernel =
       params.dtype == DType::BFloat16 ? combine_kernel<cutlass::bfloat16_t> : combine_kernel<cutlass::half_t>;
-  return launch_kernel("attention", kernel, ctas, 32 * kWarps, 0, params.exec.stream, args);
+  static std::atomic<int> known{-1};
+  return launch_kernel("attention", kernel, ctas, 32 * kWarps, 0, params.exec.stream, args,
+                       waits_by_itself(kernel, known));
 }
 
 }  // namespace dca::cuda

@@ -16,14 +16,21 @@ struct KeyBlock {
 struct KeyRanges {
   KeyRange keys[kNumSegments];
   int32_t mask_from;  ///< intra blocks that end behind this key have keys that some row must not see
+  int32_t phase;      ///< for kernels that cut blocks by pages: where key + phase is a multiple of the block; -1: not
 
   DCA_HOST_DEVICE void assign(const ChunkGeometry& chunk, KeyRange positions, SegmentSelection selection,
-                              KeyRange window) {
+                              KeyRange window, int32_t block_phase) {
     for (KeyRange& range : keys) range = {0, 0};
     for (SegmentIterator it(chunk, positions.begin, positions.end, selection, window); !it.done(); it.next()) {
       keys[static_cast<int32_t>(it.segment())] = it.keys();
     }
     mask_from = positions.begin + 1;
+    phase = block_phase;
+  }
+
+  /// Rows between the place where blocks are cut and `key`.
+  DCA_HOST_DEVICE int32_t rows_in_front(int32_t key, int32_t block_n) const {
+    return phase < 0 ? 0 : (key + phase) % block_n;
   }
 
   /// True if some row must not see some key of a block of `block_n`, or if there are fewer keys than that.
@@ -32,11 +39,9 @@ struct KeyRanges {
   }
 };
 
-/// Where a range that is no multiple of the block has its short block.
-enum class ShortBlock { Last, First };
-
-/// Holds as little as it can: the ranges stay where they are, in shared memory.
-template <ShortBlock kShort = ShortBlock::Last>
+/// Blocks begin where their range begins; with kPhased, also where the phase of the ranges says. Holds as little as it
+/// can: the ranges stay where they are, in shared memory.
+template <bool kPhased = false>
 class KeyBlockIterator {
  public:
   DCA_HOST_DEVICE KeyBlockIterator(const KeyRanges& ranges, int32_t block_n)
@@ -47,10 +52,11 @@ class KeyBlockIterator {
       if (segment_ + 1 == kNumSegments) return {};
       rest_ = ranges_.keys[++segment_];
     }
+    int32_t room = block_n_;
+    if constexpr (kPhased) room -= ranges_.rows_in_front(rest_.begin, block_n_);
     KeyBlock block;
     block.begin = rest_.begin;
-    const int32_t over = kShort == ShortBlock::First ? rest_.size() % block_n_ : 0;
-    block.count = over > 0 ? over : rest_.size() < block_n_ ? rest_.size() : block_n_;
+    block.count = rest_.size() < room ? rest_.size() : room;
     block.segment = static_cast<Segment>(segment_);
     rest_.begin += block.count;
     return block;

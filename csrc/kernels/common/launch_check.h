@@ -31,20 +31,41 @@ Status allow_shared_memory(Kernel* kernel, int bytes, std::atomic<uint64_t>& pre
   return cuda_status("attention", error);
 }
 
-/// kernel<<<num_ctas, threads, shared_bytes, stream>>>(args), checked.
+/// Whether a kernel of this build waits by itself for the kernel before it in the stream, as kernels do that begin with
+/// wait_for_previous_kernel() and were compiled for compute capability 9.0 or newer.
+template <class Kernel>
+bool waits_by_itself(Kernel* kernel, std::atomic<int>& known) {
+  int answer = known.load(std::memory_order_relaxed);
+  if (answer < 0) {
+    cudaFuncAttributes attributes{};
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+    answer = error == cudaSuccess && attributes.ptxVersion >= 90 ? 1 : 0;
+    known.store(answer, std::memory_order_relaxed);
+  }
+  return answer == 1;
+}
+
+/// kernel<<<num_ctas, threads, shared_bytes, stream>>>(args), checked. `early`: it may start while the kernel before it
+/// in the stream ends (programmatic dependent launch).
 template <class Args>
 Status launch_kernel(const char* name, void (*kernel)(Args), int64_t num_ctas, int threads, int shared_bytes,
-                     void* stream, const Args& args) {
+                     void* stream, const Args& args, bool early = false) {
   if (num_ctas > INT_MAX) {
     return {StatusCode::InvalidArgument,
             std::string(name) + ": the batch is too large for one launch; got " + std::to_string(num_ctas) + " tiles"};
   }
   void* arguments[] = {const_cast<Args*>(&args)};
-  const cudaError_t error =
-      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(num_ctas)),
-                       dim3(static_cast<unsigned>(threads)), arguments, static_cast<size_t>(shared_bytes),
-                       static_cast<cudaStream_t>(stream));
-  return cuda_status(name, error);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(num_ctas));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  return cuda_status(name, cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments));
 }
 
 }  // namespace dca::cuda

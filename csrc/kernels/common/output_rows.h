@@ -42,12 +42,13 @@ struct OutputRows {
 };
 
 /// Rows without a position: out = 0, lse = -inf; of a split only the latter, since such a part carries no weight.
-template <class Element, int kThreads>
-__device__ void clear_rows_without_position(const AttentionArgs& args, const WorkTile& tile) {
+template <class Element>
+__device__ void clear_rows_without_position(const AttentionArgs& args, const WorkTile& tile, int32_t thread,
+                                            int32_t threads) {
   const OutputRows<Element> rows{args, tile};
   const int32_t units = args.plan.num_splits > 1 ? 0 : args.p.head_dim / kVec<Element>;
   const int32_t num_rows = tile.seqlen.first_row * tile.num_heads;
-  for (int32_t i = threadIdx.x; i < num_rows; i += kThreads) {
+  for (int32_t i = thread; i < num_rows; i += threads) {
     const int32_t head = tile.head_begin + i % tile.num_heads;
     const int32_t row = i / tile.num_heads;
     Vec16<Element> zero;

@@ -46,29 +46,6 @@ __device__ __forceinline__ void load_floats(const float* p, float (&x)[4]) {
   x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
 }
 
-// Columns [column, column + vector) and the same half_dim further on.
-template <class Element, class Store>
-__device__ __forceinline__ void rotate_pair_of_units(const RotaryRow<Element>& row, int32_t half_dim, int32_t column,
-                                                     Store&& store) {
-  Vec16<Element> a = load16(row.data + column);
-  Vec16<Element> b = load16(row.data + column + half_dim);
-  CUTE_UNROLL
-  for (int first = 0; first < kVec<Element>; first += 4) {
-    float cos[4], sin[4];
-    load_floats(row.cos + column + first, cos);
-    load_floats(row.sin + column + first, sin);
-    CUTE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const float x = static_cast<float>(a[first + i]) * row.factor;
-      const float y = static_cast<float>(b[first + i]) * row.factor;
-      a[first + i] = static_cast<Element>(x * cos[i] - y * sin[i]);
-      b[first + i] = static_cast<Element>(x * sin[i] + y * cos[i]);
-    }
-  }
-  store(column, a);
-  store(column + half_dim, b);
-}
-
 // One element of a row whose pairs fall anywhere.
 template <class Element>
 __device__ __forceinline__ float rotated_element(const RotaryRow<Element>& row, const RotaryTables& rotary,
@@ -85,19 +62,53 @@ __device__ __forceinline__ float rotated_element(const RotaryRow<Element>& row, 
 
 }  // namespace detail
 
+/// Columns [column, column + vector) of a row, and the same half_dim further on. Packed as they were loaded: elements
+/// by themselves would take a register each.
+template <class Element>
+struct UnitPair {
+  uint4 first;
+  uint4 second;
+
+  __device__ static UnitPair load(const Element* row, int32_t half_dim, int32_t column) {
+    return {*reinterpret_cast<const uint4*>(row + column), *reinterpret_cast<const uint4*>(row + column + half_dim)};
+  }
+
+  /// Calls store(column, 16 bytes) for both units.
+  template <class Store>
+  __device__ void store(int32_t half_dim, int32_t column, Store&& store) const {
+    store(column, reinterpret_cast<const Vec16<Element>&>(first));
+    store(column + half_dim, reinterpret_cast<const Vec16<Element>&>(second));
+  }
+
+  __device__ void rotate(const RotaryRow<Element>& row, int32_t column) {
+    auto& a = reinterpret_cast<Vec16<Element>&>(first);
+    auto& b = reinterpret_cast<Vec16<Element>&>(second);
+    CUTE_UNROLL
+    for (int begin = 0; begin < kVec<Element>; begin += 4) {
+      float cos[4], sin[4];
+      detail::load_floats(row.cos + column + begin, cos);
+      detail::load_floats(row.sin + column + begin, sin);
+      CUTE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const float x = static_cast<float>(a[begin + i]) * row.factor;
+        const float y = static_cast<float>(b[begin + i]) * row.factor;
+        a[begin + i] = static_cast<Element>(x * cos[i] - y * sin[i]);
+        b[begin + i] = static_cast<Element>(x * sin[i] + y * cos[i]);
+      }
+    }
+  }
+};
+
 /// Makes one unit of work of a row; calls store(column, 16 bytes) for each 16 bytes that it made.
 template <class Element, class Store>
 __device__ __forceinline__ void rotate_unit(const RotaryRow<Element>& row, const RotaryTables& rotary,
                                             const RotaryUnits& units, int32_t unit, Store&& store) {
   constexpr int kVector = kVec<Element>;
   const bool rotates = row.cos != nullptr;
-  if (units.paired && unit < units.offset) {
-    if (rotates) {
-      detail::rotate_pair_of_units(row, rotary.half_dim, unit * kVector, store);
-    } else {
-      store(unit * kVector, load16(row.data + unit * kVector));
-      store(unit * kVector + rotary.half_dim, load16(row.data + unit * kVector + rotary.half_dim));
-    }
+  if (unit < units.offset) {
+    auto pair = UnitPair<Element>::load(row.data, rotary.half_dim, unit * kVector);
+    if (rotates) pair.rotate(row, unit * kVector);
+    pair.store(rotary.half_dim, unit * kVector, store);
     return;
   }
   const int32_t column = (unit + units.offset) * kVector;

@@ -1,5 +1,4 @@
-// Which part of an attention call a CTA computes. The grid depends on shapes only; lengths are read here, on the
-// device.
+// Which part of an attention call a tile is. The grid depends on shapes only; lengths are read here, on the device.
 #pragma once
 
 #include <cutlass/fast_math.h>
@@ -26,15 +25,15 @@ struct AttentionArgs {
         total_rows(params.cu_seqlens_q != nullptr ? params.total_q
                                                   : static_cast<int64_t>(params.batch) * params.seqlen_q) {}
 
-  /// CTAs: query tile (slowest), split, sequence, KV head, head tile. So the heads that read one KV head run side by
+  /// Tiles: query tile (slowest), split, sequence, KV head, head tile. So the heads that read one KV head run side by
   /// side and find its keys in L2, and the longest tiles of all sequences start first.
-  int64_t num_ctas() const {
+  int64_t num_tiles() const {
     return static_cast<int64_t>(plan.num_query_tiles) * plan.num_splits * p.batch * p.num_heads_kv *
            plan.num_head_tiles;
   }
 };
 
-/// The tile of this CTA. It lies in shared memory: what all threads know alike should not cost each of them registers.
+/// A tile. It lies in shared memory: what all threads know alike should not cost each of them registers.
 struct WorkTile {
   int32_t b;
   int32_t kv_head;
@@ -49,7 +48,7 @@ struct WorkTile {
   const void* k;  ///< keys of the KV head: logical key 0 of the sequence, or slot 0 of page 0
   const void* v;  ///< its values
 
-  /// The tile of CTA `index`.
+  /// Tile `index` of the call.
   __device__ void assign(const AttentionArgs& args, int32_t index) {
     const AttentionParams& p = args.p;
     const AttentionPlan& plan = args.plan;
@@ -75,10 +74,11 @@ struct WorkTile {
     const int32_t query_tile = tiles.count() - 1 - index;
     positions = query_tile >= 0 ? tiles.tile(query_tile) : KeyRange{0, 0};
     first_of_sequence = query_tile == 0 || (index == 0 && tiles.count() == 0);
-    ranges.assign(p.chunk, positions, p.segments, split_window(positions.end, split, plan.num_splits));
+    ranges.assign(p.chunk, positions, p.segments, split_window(positions.end, split, plan.num_splits),
+                  p.pages.page_table != nullptr ? seqlen.leftpad : -1);
   }
 
-  /// Computes the tile of this CTA into `storage` in shared memory, and waits for it.
+  /// Computes the tile of this CTA, where each has one, into `storage` in shared memory, and waits for it.
   __device__ static const WorkTile& in_shared_memory(const AttentionArgs& args, unsigned char* storage) {
     WorkTile* const tile = reinterpret_cast<WorkTile*>(storage);
     if (threadIdx.x == 0) tile->assign(args, static_cast<int32_t>(blockIdx.x));

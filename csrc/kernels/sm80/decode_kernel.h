@@ -81,6 +81,7 @@ class DecodeTile {
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
     cp_async_wait<0>();
+    admit_next_kernel();
     softmax.finish();
     publish(o, softmax);
     __syncthreads();
@@ -127,7 +128,7 @@ class DecodeTile {
     for (int32_t i = 0; i < kNumSegments; ++i) {
       if (tile_.ranges.keys[i].empty()) continue;
       const Segment segment = static_cast<Segment>(i);
-      load_queries(
+      load_queries<1>(
           args_, tile_, segment, scale_.sign, smem_q(segment), kBlockM, [](int32_t row) { return row; },
           static_cast<int32_t>(threadIdx.x), Traits::kThreads);
     }
@@ -231,7 +232,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   __shared__ __align__(16) unsigned char storage[sizeof(WorkTile)];
   const WorkTile& tile = WorkTile::in_shared_memory(args, storage);
   if (tile.first_of_sequence) {
-    clear_rows_without_position<typename Traits::Element, Traits::kThreads>(args, tile);
+    clear_rows_without_position<typename Traits::Element>(args, tile, static_cast<int32_t>(threadIdx.x),
+                                                          Traits::kThreads);
   }
   if (tile.empty()) return;
   DecodeTile<Traits, kPaged>(args, tile, shared).run();

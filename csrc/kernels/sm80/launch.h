@@ -32,7 +32,7 @@ struct Instance {
     if (Status status = allow_shared_memory(kernel<kPaged>(), Traits::kSharedBytes, prepared); !status.ok()) {
       return status;
     }
-    return launch_kernel("attention", kernel<kPaged>(), args.num_ctas(), Traits::kThreads, Traits::kSharedBytes,
+    return launch_kernel("attention", kernel<kPaged>(), plan.num_ctas, Traits::kThreads, Traits::kSharedBytes,
                          params.exec.stream, args);
   }
 
@@ -44,7 +44,7 @@ struct Instance {
     constexpr int32_t kSharedPerSm = 164 * 1024;
     constexpr int32_t kFitting = kSharedPerSm / (Traits::kSharedBytes + 1024);
     constexpr int32_t kCtas = kFitting < Traits::kMinCtas ? kFitting : Traits::kMinCtas;
-    return {"sm80", kKind, kDType, kHeadDim, Traits::kBlockM, true, kCtas, &launch};
+    return {"sm80", "", kKind, kDType, kHeadDim, Traits::kBlockM, kCtas, false, &launch};
   }
 };
 

@@ -127,7 +127,7 @@ class PrefillTile {
 
   __device__ void rotate_queries(Segment segment) {
     __syncwarp();  // every lane has read the old ones
-    load_queries(
+    load_queries<1>(
         args_, tile_, segment, scale_.sign, smem_q(), kRowsPerWarp, [&](int32_t i) { return row_of_warp(i); },
         thread_ % 32, 32);
     __syncwarp();
@@ -173,7 +173,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   using Element = typename Traits::Element;
   __shared__ __align__(16) unsigned char storage[sizeof(WorkTile)];
   const WorkTile& tile = WorkTile::in_shared_memory(args, storage);
-  if (tile.first_of_sequence) clear_rows_without_position<Element, Traits::kThreads>(args, tile);
+  if (tile.first_of_sequence)
+    clear_rows_without_position<Element>(args, tile, static_cast<int32_t>(threadIdx.x), Traits::kThreads);
   if (tile.empty()) return;
   PrefillTile<Traits, kPaged>(args, tile, reinterpret_cast<Element*>(shared)).run();
 }

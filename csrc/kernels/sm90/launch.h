@@ -2,49 +2,63 @@
 #pragma once
 
 #include <atomic>
+#include <numeric>
 
 #include "launch_check.h"
 #include "prefill_kernel.h"
+#include "tensor_map.h"
 
 namespace dca::cuda::sm90 {
 
-template <TileKind kKind, DType kDType, int kHeadDim>
+template <TileKind kKind, DType kDType, int kHeadDim, Variant kVariant = Variant::Default>
 struct Instance {
   static_assert(kKind == TileKind::Prefill);
-  using Element = typename ElementOf<kDType>::type;
-  using Traits = PrefillTraits<Element, kHeadDim>;
+  using Traits = PrefillTraits<typename ElementOf<kDType>::type, kHeadDim, kVariant>;
 
-  /// K or V for TMA. Strides of dimensions of one entry may be anything in the parameters, but not in a tensor map.
-  static auto global_kv(const AttentionParams& p, const ConstTensorRef& cache) {
+  static Status encode_cache(const char* name, const AttentionParams& p, const ConstTensorRef& cache, int32_t box_rows,
+                             CUtensorMap* map) {
+    const bool paged = p.pages.page_table != nullptr;
     const bool ragged = p.cu_seqlens_k != nullptr;
-    const int64_t rows = ragged ? p.total_k : p.seqlen_k;
-    const int32_t batch = ragged ? 1 : p.batch;
-    const int64_t row = rows > 1 ? cache.stride.row : p.head_dim;
-    const int64_t head = p.num_heads_kv > 1 ? cache.stride.head : p.head_dim;
-    const int64_t sequence = batch > 1 ? cache.stride.batch : row * rows;
-    return make_tensor(make_gmem_ptr(static_cast<const Element*>(cache.data)),
-                       make_shape(static_cast<int32_t>(rows), p.head_dim, p.num_heads_kv, batch),
-                       make_stride(row, _1{}, head, sequence));
+    const TensorExtents extents{paged    ? p.pages.page_size
+                                : ragged ? p.total_k
+                                         : p.seqlen_k,
+                                p.num_heads_kv,
+                                paged    ? p.pages.num_pages
+                                : ragged ? 1
+                                         : p.batch};
+    return encode_tensor_map(name, cache.data, cache.stride, p.dtype, p.head_dim, extents,
+                             {Traits::kBoxColumns, box_rows}, map);
   }
 
-  static auto tma(const AttentionParams& p, const ConstTensorRef& cache) {
-    return make_tma_copy(SM90_TMA_LOAD{}, global_kv(p, cache), typename Traits::SmemKv{},
-                         Shape<Int<Traits::kBlockN>, Int<kHeadDim>>{}, _1{});
+  static Status encode(const AttentionParams& p, PrefillArgs* args) {
+    args->rows_per_box = p.pages.page_table != nullptr ? std::gcd(p.pages.page_size, Traits::kBlockN) : Traits::kBlockN;
+    if (Status status = encode_cache("k", p, p.k, args->rows_per_box, &args->k); !status.ok()) return status;
+    if (Status status = encode_cache("v", p, p.v, args->rows_per_box, &args->v); !status.ok()) return status;
+    // Rows of several heads are not rows of the tensor, and partial results are not out.
+    args->out_by_tma = args->attention.plan.heads_per_tile == 1 && args->attention.plan.num_splits == 1 &&
+                       args->attention.plan.out_fits_tma;
+    if (!args->out_by_tma) return {};
+    const bool ragged = p.cu_seqlens_q != nullptr;
+    const TensorExtents extents{ragged ? p.total_q : p.seqlen_q, p.num_heads, ragged ? 1 : p.batch};
+    return encode_tensor_map("out", p.out.data, p.out.stride, p.dtype, p.head_dim, extents, {Traits::kBoxColumns, 64},
+                             &args->out);
   }
 
   static Status launch(const AttentionParams& params, const AttentionPlan& plan) {
-    const PrefillArgs<Traits> args{AttentionArgs(params, plan), tma(params, params.k), tma(params, params.v)};
+    PrefillArgs args{AttentionArgs(params, plan), {}, {}, {}, 0, 0, false};
+    args.num_tiles = static_cast<int32_t>(args.attention.num_tiles());
+    if (Status status = encode(params, &args); !status.ok()) return status;
     constexpr int kSharedBytes = static_cast<int>(sizeof(typename Traits::Shared));
     static std::atomic<uint64_t> prepared{0};
     if (Status status = allow_shared_memory(prefill_kernel<Traits>, kSharedBytes, prepared); !status.ok()) {
       return status;
     }
-    return launch_kernel("attention", prefill_kernel<Traits>, args.attention.num_ctas(), Traits::kThreads, kSharedBytes,
+    return launch_kernel("attention", prefill_kernel<Traits>, plan.num_ctas, Traits::kThreads, kSharedBytes,
                          params.exec.stream, args);
   }
 
   static constexpr AttentionInstance description() {
-    return {"sm90", kKind, kDType, kHeadDim, Traits::kBlockM, false, 1, &launch};
+    return {"sm90", name_of(kVariant), kKind, kDType, kHeadDim, Traits::kBlockM, 1, Traits::kPersistent, &launch};
   }
 };
 

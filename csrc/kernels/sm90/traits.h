@@ -1,14 +1,11 @@
-// Tile shapes, shared-memory layouts, TMA copies and wgmma operations of the sm90 prefill kernel.
+// Tile shapes, shared memory and wgmma operations of the sm90 prefill kernel.
 #pragma once
 
-#include <cutlass/arch/barrier.h>
-#include <cutlass/arch/reg_reconfig.h>
-#include <cute/arch/copy_sm90_tma.hpp>
-#include <cute/atom/copy_traits_sm90_tma.hpp>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <cute/tensor.hpp>
 
 #include "numeric.h"
+#include "tile_scheduler.h"
 
 namespace dca::cuda::sm90 {
 
@@ -17,34 +14,63 @@ using namespace cute;  // NOLINT: the vocabulary of every line below
 /// What an SM of compute capability 9.0 gives to one CTA.
 inline constexpr int kMaxSharedBytes = 227 * 1024;
 
-/// One producer warpgroup, of which one thread loads K and V by TMA, and kConsumers warpgroups of 64 query rows each.
+/// Ways to run that only a GPU can choose between. Calls get Default; the others are compiled on request, to be timed.
+enum class Variant {
+  Default,
+  Unordered,  ///< warpgroups issue their products as they come
+  PerTile,    ///< a CTA for every tile, instead of as many as the device holds
+  Tall,       ///< three consumers, 192 rows
+  Wide,       ///< blocks of 176 keys
+};
+
+constexpr const char* name_of(Variant variant) {
+  constexpr const char* kNames[] = {"", "unordered", "per_tile", "tall", "wide"};
+  return kNames[static_cast<int>(variant)];
+}
+
+/// A tile on its way from the producer, which finds it, to the consumers.
+struct TileSlot {
+  WorkTile tile;
+  uint32_t count;  ///< of the tiles before it
+  bool last;       ///< there is no further tile, nor one here
+};
+
+/// One producer warpgroup, of which one warp loads K and V by TMA, and kConsumers warpgroups of 64 query rows each.
 ///
 /// Per SM and cycle an H100 does 4096 dense bf16 FLOP and 16 exp2: a block of 128 x 128 at head_dim 128 is 2048 cycles
 /// of wgmma and 1024 of exp2, so that the two must overlap; two consumers do, each with its own half of the rows.
-/// Registers: S and O of 64 x 128 are 64 each per thread.
-template <class Element_, int kHeadDim_>
+/// Registers per thread: S of 64 x kBlockN is kBlockN / 2, P half of that, O kHeadDim / 2.
+template <class Element_, int kHeadDim_, Variant kVariant_ = Variant::Default>
 struct PrefillTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
-  static_assert(kHeadDim == 64 || kHeadDim == 128);
-  static constexpr int kConsumers = 2;
+  static constexpr Variant kVariant = kVariant_;
+  static constexpr int kConsumers = kVariant == Variant::Tall ? 3 : 2;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kConsumerThreads = 128 * kConsumers;
   static constexpr int kBlockM = 64 * kConsumers;
-  static constexpr int kBlockN = 128;
-  static constexpr int kStages = kHeadDim == 128 ? 2 : 4;
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kBlockN = kVariant == Variant::Wide ? 176 : kHeadDim <= 128 ? 128 : 64;
+  static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 96 ? 3 : 2;
+  static constexpr int kTileSlots = 2;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+  static constexpr int kQueryPairsAhead = kHeadDim <= 128 ? 4 : 2;
+  /// Turns pay where a block's products take as long as its softmax. At head_dim 256 they take four times that.
+  static constexpr bool kOrdered = kVariant != Variant::Unordered && kHeadDim <= 128;
+  static constexpr bool kPersistent = kVariant != Variant::PerTile;
 
-  // 8 rows of 64 elements with permuted 16-byte units: what TMA writes and wgmma reads without bank conflicts.
-  using Atom = GMMA::Layout_K_SW128_Atom<Element>;
+  // 8 rows of 64 elements (32 where 64 does not divide the row) with permuted 16-byte units: what TMA writes and wgmma
+  // reads without bank conflicts. Rows first, so that a column of atoms is what one TMA brings.
+  static constexpr int kBoxColumns = kHeadDim % 64 == 0 ? 64 : 32;
+  using Atom =
+      std::conditional_t<kBoxColumns == 64, GMMA::Layout_K_SW128_Atom<Element>, GMMA::Layout_K_SW64_Atom<Element>>;
   using SmemQ = decltype(tile_to_shape(Atom{}, Shape<Int<kBlockM>, Int<kHeadDim>>{}));
-  using SmemKv = decltype(tile_to_shape(Atom{}, Shape<Int<kBlockN>, Int<kHeadDim>>{}));
   using SmemKvRing = decltype(tile_to_shape(Atom{}, Shape<Int<kBlockN>, Int<kHeadDim>, Int<kStages>>{}));
   /// V as (head_dim, keys, stages).
   using SmemVtRing = decltype(composition(
       SmemKvRing{},
       Layout<Shape<Int<kHeadDim>, Int<kBlockN>, Int<kStages>>, Stride<Int<kBlockN>, _1, Int<kBlockN * kHeadDim>>>{}));
+  static constexpr int kStageElements = kBlockN * kHeadDim;
 
   using MmaQk = decltype(make_tiled_mma(
       GMMA::ss_op_selector<Element, Element, float, Shape<Int<kBlockM>, Int<kBlockN>, Int<kHeadDim>>>(),
@@ -54,21 +80,14 @@ struct PrefillTraits {
                            GMMA::Major::MN>(),
       Layout<Shape<Int<kConsumers>, _1, _1>>{}));
 
-  /// K or V in global memory: (rows, head_dim, KV heads, batch).
-  using GlobalKv =
-      decltype(make_tensor(make_gmem_ptr(static_cast<const Element*>(nullptr)),
-                           Shape<int32_t, int32_t, int32_t, int32_t>{}, Stride<int64_t, _1, int64_t, int64_t>{}));
-  using TmaKv =
-      decltype(make_tma_copy(SM90_TMA_LOAD{}, GlobalKv{}, SmemKv{}, Shape<Int<kBlockN>, Int<kHeadDim>>{}, _1{}));
-  static constexpr int kBlockBytes = kBlockN * kHeadDim * 2;
-
   struct alignas(1024) Shared {
     alignas(1024) Element q[cosize_v<SmemQ>];
     alignas(1024) Element k[cosize_v<SmemKvRing>];
     alignas(1024) Element v[cosize_v<SmemKvRing>];
-    uint64_t k_full[kStages], v_full[kStages];    // a block has arrived
-    uint64_t k_empty[kStages], v_empty[kStages];  // all consumer warps are done with it
-    alignas(16) unsigned char tile[256];
+    uint64_t k_full[kStages], v_full[kStages];               // a block has arrived
+    uint64_t k_empty[kStages], v_empty[kStages];             // all consumer warps are done with it
+    uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];  // the same for tiles
+    TileSlot tiles[kTileSlots];
   };
   static_assert(sizeof(Shared) + 1024 <= kMaxSharedBytes);
 };

@@ -1,8 +1,10 @@
-// What the CUDA tests share: dtypes and head_dims, and the skip for kernels that a reduced build has not.
+// What the CUDA tests share: dtypes, head_dims and architectures, and the skip for kernels that this build or device
+// has not.
 #pragma once
 
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -11,9 +13,10 @@
 
 namespace dca::testing {
 
-using DtypeAndHeadDim = std::tuple<DType, int32_t>;
+/// dtype, head_dim, and the architecture of the kernels, by DCA_CUDA_KERNELS.
+using KernelCase = std::tuple<DType, int32_t, const char*>;
 
-inline std::string name_of(const ::testing::TestParamInfo<DtypeAndHeadDim>& info) {
+inline std::string name_of(const ::testing::TestParamInfo<KernelCase>& info) {
   return std::string(std::get<0>(info.param) == DType::BFloat16 ? "bf16" : "fp16") + "_dim" +
          std::to_string(std::get<1>(info.param));
 }
@@ -38,12 +41,24 @@ inline void expect_matches_reference(const ProblemShape& shape, const std::vecto
   kernel_cases += static_cast<int>(split_counts.size());
 }
 
-/// Tests of one dtype and head_dim; skipped where the build has no such kernel.
-class CudaKernelTest : public ::testing::TestWithParam<DtypeAndHeadDim> {
+/// Tests of one dtype, head_dim and architecture; skipped where there is no such kernel.
+class CudaKernelTest : public ::testing::TestWithParam<KernelCase> {
  protected:
   void SetUp() override {
+    if (const char* set = std::getenv(kVariable)) before_ = set;
+    // A variant that the environment asks for takes the place of its architecture.
+    const std::string architecture = std::get<2>(GetParam());
+    if (before_.rfind(architecture + ":", 0) != 0) setenv(kVariable, architecture.c_str(), 1);
     const std::string why = missing_kernel(shape());
     if (!why.empty()) GTEST_SKIP() << why;
+  }
+
+  void TearDown() override {
+    if (before_.empty()) {
+      unsetenv(kVariable);
+    } else {
+      setenv(kVariable, before_.c_str(), 1);
+    }
   }
 
   ProblemShape shape() const {
@@ -61,11 +76,18 @@ class CudaKernelTest : public ::testing::TestWithParam<DtypeAndHeadDim> {
     s.num_heads = group * s.num_heads_kv;
     return s;
   }
+
+ private:
+  static constexpr const char* kVariable = "DCA_CUDA_KERNELS";
+  std::string before_;
 };
 
-#define DCA_INSTANTIATE_KERNEL_TESTS(Suite, ...) \
-  INSTANTIATE_TEST_SUITE_P(                      \
-      Sm80, Suite,                               \
-      ::testing::Combine(::testing::Values(DType::BFloat16, DType::Float16), ::testing::Values(__VA_ARGS__)), name_of)
+#define DCA_INSTANTIATE_KERNEL_TESTS(Architecture, architecture, Suite, ...)                                    \
+  INSTANTIATE_TEST_SUITE_P(Architecture, Suite,                                                                 \
+                           ::testing::Combine(::testing::Values(DType::BFloat16, DType::Float16),               \
+                                              ::testing::Values(__VA_ARGS__), ::testing::Values(architecture)), \
+                           name_of)
+#define DCA_TEST_SM80(Suite, ...) DCA_INSTANTIATE_KERNEL_TESTS(Sm80, "sm80", Suite, __VA_ARGS__)
+#define DCA_TEST_SM90(Suite, ...) DCA_INSTANTIATE_KERNEL_TESTS(Sm90, "sm90", Suite, __VA_ARGS__)
 
 }  // namespace dca::testing

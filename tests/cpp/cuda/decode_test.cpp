@@ -66,7 +66,7 @@ TEST_P(CudaDecode, LongCache) {
   expect_matches_reference(s, {0, 1, 7});
 }
 
-DCA_INSTANTIATE_KERNEL_TESTS(CudaDecode, 64, 80, 96, 128, 192, 256);
+DCA_TEST_SM80(CudaDecode, 64, 80, 96, 128, 192, 256);
 
 // --- What device memory holds must not lead out of the buffers ---
 
@@ -119,7 +119,8 @@ TEST_P(CudaRobust, PagesThatTheCacheHasNot) {
   }
 }
 
-DCA_INSTANTIATE_KERNEL_TESTS(CudaRobust, 64, 128);
+DCA_TEST_SM80(CudaRobust, 64, 128);
+DCA_TEST_SM90(CudaRobust, 64, 128);
 
 }  // namespace
 }  // namespace dca::testing

@@ -69,6 +69,36 @@ TEST_P(CudaPrefill, NaNOfOneSequenceStaysThere) {
   kernel_cases += 2;
 }
 
+// So many tiles that a CTA of a persistent kernel gets several, of one length and of mixed ones.
+TEST_P(CudaPrefill, MoreTilesThanADeviceHolds) {
+  ProblemShape s = shape(1);
+  s.num_heads = 100;
+  s.num_heads_kv = 50;
+  s.chunk = {32, 50};
+  s.kv_lens = {70, 70};
+  expect_matches_reference(s);
+  s.kv_lens = {70, 3};
+  s.ragged_q = true;
+  s.keys = KeyLayout::Ragged;
+  expect_matches_reference(s);
+}
+
+// Tiles of whole rows and cut ones side by side, in pages of which a block takes one, several, or a part.
+TEST_P(CudaPrefill, PagesOfManySizes) {
+  ProblemShape s = shape(1);
+  s.num_heads = 2;
+  s.num_heads_kv = 1;
+  s.chunk = {128, 150};
+  s.kv_lens = {300, 261};
+  s.q_lens = {300, 300};
+  s.leftpads = {0, 39};
+  s.keys = KeyLayout::Paged;
+  for (const int32_t page_size : {16, 64, 80, 128, 256}) {
+    s.page_size = page_size;
+    expect_matches_reference(s);
+  }
+}
+
 // Chunks that are whole key tiles: no block but the diagonal is masked.
 TEST_P(CudaPrefill, ChunksOfWholeTiles) {
   ProblemShape s = shape(1);
@@ -114,7 +144,8 @@ TEST_P(CudaPrefill, LongChunksOfAnOddPublishedLength) {
   expect_matches_reference(s, {0});
 }
 
-DCA_INSTANTIATE_KERNEL_TESTS(CudaPrefill, 64, 80, 96, 128, 192, 256);
+DCA_TEST_SM80(CudaPrefill, 64, 80, 96, 128, 192, 256);
+DCA_TEST_SM90(CudaPrefill, 64, 80, 96, 128, 192, 256);
 
 // --- Axes that need no product ---
 
@@ -200,7 +231,8 @@ TEST_P(CudaPrefillAxes, LseMayBeNull) {
   kernel_cases += 2;
 }
 
-DCA_INSTANTIATE_KERNEL_TESTS(CudaPrefillAxes, 64);
+DCA_TEST_SM80(CudaPrefillAxes, 64);
+DCA_TEST_SM90(CudaPrefillAxes, 64);
 
 }  // namespace
 }  // namespace dca::testing

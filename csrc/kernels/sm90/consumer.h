@@ -1,0 +1,264 @@
+// A consumer warpgroup: 64 query rows of each tile through all blocks of keys, one online softmax for all segments.
+#pragma once
+
+#include "mainloop.h"
+#include "output_rows.h"
+#include "producer.h"
+
+namespace dca::cuda::sm90 {
+
+template <class Traits>
+class Consumer {
+  using Element = typename Traits::Element;
+  using Shared = typename Traits::Shared;
+  using MmaQk = typename Traits::MmaQk;
+  using MmaPv = typename Traits::MmaPv;
+  using Barriers = ConsumerBarriers<Traits::kConsumers>;
+  using Turns = sm90::Turns<Traits::kConsumers, Traits::kOrdered>;
+  static constexpr int kHeadDim = Traits::kHeadDim;
+  static constexpr int kBlockM = Traits::kBlockM;
+  static constexpr int kBlockN = Traits::kBlockN;
+  static constexpr int kThreadRows = 2;
+
+ public:
+  /// `thread` counts the threads of all consumers.
+  __device__ Consumer(const PrefillArgs& args, Shared& shared, int32_t thread)
+      : prefill_(args), args_(args.attention), shared_(shared), thread_(thread) {}
+
+  __device__ void run() {
+    Turns::begin(warpgroup());
+    for (RingPosition<Traits::kTileSlots> at;; at.advance()) {
+      Barrier::wait(&shared_.tile_full[at.stage()], at.phase());
+      const TileSlot& slot = shared_.tiles[at.stage()];
+      if (slot.last) break;
+      const WorkTile& tile = slot.tile;
+      thread_ = made_anew(thread_);
+      if (tile.first_of_sequence) {
+        clear_rows_without_position<Element>(args_, tile, thread_, Traits::kConsumerThreads);
+      }
+      if (!tile.empty()) compute(tile);
+      __syncwarp();
+      at.count = slot.count;  // as it was, but not kept in a register meanwhile
+      release(shared_.tile_empty[at.stage()]);
+    }
+    Turns::end(warpgroup());
+    wait_for_stores();
+  }
+
+ private:
+  // S = Q K^T of a block is issued before O += P V of the block before it, whose products then run under this block's
+  // softmax. The first block has none before it.
+  __device__ void compute(const WorkTile& tile) {
+    KeyBlockIterator<true> walk(tile.ranges, kBlockN);
+    KeyBlock block = walk.next();
+    if (block.count > 0) rotate_queries(tile, block.segment);
+
+    const float scale_log2 = LogitScale::of(tile.scale).magnitude_log2;
+    auto acc_o = partition_fragment_C(MmaPv{}, Shape<Int<kBlockM>, Int<kHeadDim>>{});
+    clear(acc_o);
+    auto o = make_tensor(acc_o.data(), as_rows_and_columns(acc_o.layout()));
+    OnlineSoftmax<kThreadRows> softmax;
+
+    MmaQk mma_qk;
+    MmaPv mma_pv;
+    const auto thr_qk = mma_qk.get_slice(warpgroup() * 128);  // descriptors are the same for all threads
+    const auto thr_pv = mma_pv.get_slice(warpgroup() * 128);
+    auto acc_s = partition_fragment_C(MmaQk{}, Shape<Int<kBlockM>, Int<kBlockN>>{});
+    auto s = make_tensor(acc_s.data(), as_rows_and_columns(acc_s.layout()));
+    auto weights = make_tensor<Element>(acc_s.layout());
+    const auto tOrP = make_tensor(weights.data(), as_operand_a(weights.layout()));
+
+    const auto issue_qk = [&] {
+      warpgroup_fence_operand(weights);  // nothing may define them between this product and the next
+      const auto sQ = make_tensor(make_smem_ptr(made_anew(shared_.q)), typename Traits::SmemQ{});
+      const auto sK = make_tensor(make_smem_ptr(made_anew(shared_.k)), typename Traits::SmemKvRing{});
+      const auto tSrQ = thr_qk.partition_fragment_A(sQ);
+      const auto tSrK = thr_qk.partition_fragment_B(sK);
+      issue_product<true>(mma_qk, tSrQ, tSrK(_, _, _, at_.stage()), acc_s);
+    };
+    const auto issue_pv = [&] {
+      const auto sVt = make_tensor(make_smem_ptr(made_anew(shared_.v)), typename Traits::SmemVtRing{});
+      const auto tOrV = thr_pv.partition_fragment_B(sVt);
+      issue_product<false>(mma_pv, tOrP, tOrV(_, _, _, at_.before().stage()), acc_o);
+    };
+
+    const auto finish_qk = [&] {
+      warpgroup_fence_operand(acc_s);
+      release(shared_.k_empty[at_.stage()]);
+      if (tile.ranges.needs_mask(block, kBlockN)) {
+        mask_block(s, coordinates<kBlockN>(mma_qk), args_, tile, block, first_key_of(tile, block, kBlockN));
+      }
+    };
+    const auto finish_pv = [&] {
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(acc_o);
+      release(shared_.v_empty[at_.before().stage()]);
+    };
+
+    if (block.count > 0) {
+      wait_for_keys();
+      Turns::take(warpgroup());
+      issue_qk();
+      Turns::pass(warpgroup());
+      warpgroup_wait<0>();
+      finish_qk();
+      softmax.advance(s, scale_log2);  // O is still 0
+      copy(convert_fragment<Element>(acc_s), weights);
+      at_.advance();
+      for (;;) {
+        wait_for_values(tile, block);
+        const Segment before = block.segment;
+        block = walk.next();
+        if (block.count == 0) break;
+        if (block.segment != before) rotate_queries(tile, block.segment);
+        wait_for_keys();
+        Turns::take(warpgroup());
+        issue_qk();
+        issue_pv();
+        Turns::pass(warpgroup());
+        warpgroup_wait<1>();  // the logits; the values' products go on
+        finish_qk();
+        const auto rescale = softmax.advance(s, scale_log2);
+        stay_in_front(softmax);
+        finish_pv();
+        softmax.apply(rescale, o);
+        copy(convert_fragment<Element>(acc_s), weights);
+        at_.advance();
+      }
+      issue_pv();
+      finish_pv();
+    }
+    softmax.finish();
+    store(tile, acc_o, o, softmax, coordinates<kHeadDim>(mma_pv), scale_log2);
+  }
+
+  __device__ auto smem_q() const { return make_tensor(make_smem_ptr(shared_.q), typename Traits::SmemQ{}); }
+
+  __device__ __forceinline__ int32_t warpgroup() const { return thread_ / 128; }
+
+  // (rows, columns) of this thread's accumulators -> (row, column) of the tile.
+  template <int kColumns, class Mma>
+  __device__ auto coordinates(const Mma& mma) const {
+    const auto mine = mma.get_slice(thread_).partition_C(make_identity_tensor(Shape<Int<kBlockM>, Int<kColumns>>{}));
+    return make_tensor(mine.data(), as_rows_and_columns(mine.layout()));
+  }
+
+  // ptxas moves a wait in front of whatever does not need its result, and so all exponentials behind the products that
+  // they are to run under. A branch that hangs on their sums holds them back; sums are never negative.
+  __device__ __forceinline__ static void stay_in_front(const OnlineSoftmax<kThreadRows>& softmax) {
+    if (softmax.row_sum[0] < 0.0f || softmax.row_sum[1] < 0.0f) __trap();
+  }
+
+  // One arrival per warp: its reads are done, since its warpgroup's products are.
+  __device__ __forceinline__ void release(uint64_t& empty) const {
+    if (made_anew(thread_) % 32 == 0) EmptyBarrier::arrive(&empty);
+  }
+
+  // --- Keys and values ---
+
+  __device__ __forceinline__ void wait_for_keys() const { Barrier::wait(&shared_.k_full[at_.stage()], at_.phase()); }
+
+  __device__ __forceinline__ void wait_for_values(const WorkTile& tile, const KeyBlock& block) const {
+    Barrier::wait(&shared_.v_full[at_.before().stage()], at_.before().phase());
+    const int32_t first_key = first_key_of(tile, block, kBlockN);
+    const int32_t kv_len = tile.seqlen.kv_len;
+    if (first_key < 0 || first_key + kBlockN > kv_len) clear_foreign_values(first_key, kv_len);
+  }
+
+  // Rows that are no key of the sequence: padding, another sequence's, nobody's. A weight of 0 does not hide a NaN. All
+  // consumers see the same blocks; each writer makes its zeros visible to wgmma before they meet.
+  __device__ void clear_foreign_values(int32_t first_key, int32_t kv_len) const {
+    auto sV = make_tensor(make_smem_ptr(shared_.v), typename Traits::SmemKvRing{});
+    constexpr int kUnits = kHeadDim / kVec<Element>;
+    Vec16<Element> zero;
+    clear(zero);
+    for (int32_t i = made_anew(thread_); i < kBlockN * kUnits; i += Traits::kConsumerThreads) {
+      const int32_t key = first_key + i / kUnits;
+      if (key < 0 || key >= kv_len) store16(&sV(i / kUnits, i % kUnits * kVec<Element>, at_.before().stage()), zero);
+    }
+    cutlass::arch::fence_view_async_shared();
+    Barriers::all();
+  }
+
+  // --- Queries ---
+
+  // The warpgroup's own 64 rows. A warp writes rows of the other three as well, which may not be done with them when it
+  // is: hence the first barrier. wgmma reads Q through the async proxy: each writer makes its stores visible to it
+  // before the second.
+  __device__ void rotate_queries(const WorkTile& tile, Segment segment) {
+    wait_for_stores();
+    Barriers::warpgroup(warpgroup());
+    const int32_t first_row = warpgroup() * 64;
+    load_queries<Traits::kQueryPairsAhead>(
+        args_, tile, segment, LogitScale::of(tile.scale).sign, smem_q(), 64, [&](int32_t i) { return first_row + i; },
+        made_anew(thread_) % 128, 128);
+    cutlass::arch::fence_view_async_shared();
+    Barriers::warpgroup(warpgroup());
+  }
+
+  // --- Results ---
+
+  template <class Acc, class Rows, class Coordinates>
+  __device__ void store(const WorkTile& tile, const Acc& acc_o, Rows& o, const OnlineSoftmax<kThreadRows>& softmax,
+                        const Coordinates& at, float scale_log2) {
+    const OutputRows<Element> rows{args_, tile};
+    finish_rows(rows, softmax, o, at, scale_log2, thread_ % 4 == 0);
+    if (args_.plan.num_splits > 1) return;
+    Barriers::warpgroup(warpgroup());  // the last product with these rows of Q is done for all
+    stage(acc_o, o, at);
+    const int32_t first_row = warpgroup() * 64;
+    if (prefill_.out_by_tma && tile.num_positions() >= first_row + 64) {
+      store_by_tma(rows, first_row);
+    } else {
+      __syncwarp();
+      const int32_t first_of_warp = thread_ / 32 * 16;
+      store_rows_of_warp(
+          rows, smem_q(), 16, [&](int32_t i) { return first_of_warp + i; }, thread_ % 32);
+    }
+  }
+
+  // Rounded, into the place of the warpgroup's rows of Q.
+  template <class Acc, class Rows, class Coordinates>
+  __device__ void stage(const Acc& acc_o, const Rows& o, const Coordinates& at) const {
+    auto staging = smem_q();
+    const auto rounded = convert_fragment<Element>(acc_o);
+    const auto values = make_tensor(rounded.data(), o.layout());
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) {
+      CUTE_UNROLL
+      for (int c = 0; c < size<1>(values); c += 2) {
+        *reinterpret_cast<uint32_t*>(&staging(get<0>(at(r, c)), get<1>(at(r, c)))) =
+            *reinterpret_cast<const uint32_t*>(&values(r, c));
+      }
+    }
+  }
+
+  // All 64 rows are the tile's. The copy runs on while the next tile begins; wait_for_stores() guards its source.
+  __device__ void store_by_tma(const OutputRows<Element>& rows, int32_t first_row) const {
+    cutlass::arch::fence_view_async_shared();
+    Barriers::warpgroup(warpgroup());
+    if (thread_ % 128 != 0) return;
+    const WorkTile& tile = rows.tile;
+    const bool ragged = args_.p.cu_seqlens_q != nullptr;
+    const int32_t row = static_cast<int32_t>(tile.seqlen.q_row) + tile.seqlen.row(tile.positions.begin) + first_row;
+    const Element* source = shared_.q + first_row * Traits::kBoxColumns;
+    CUTE_UNROLL
+    for (int column = 0; column < kHeadDim; column += Traits::kBoxColumns) {
+      SM90_TMA_STORE_4D::copy(&prefill_.out, source, column, row, tile.head_begin, ragged ? 0 : tile.b);
+      source += kBlockM * Traits::kBoxColumns;
+    }
+    tma_store_arrive();
+  }
+
+  __device__ __forceinline__ void wait_for_stores() const {
+    if (thread_ % 128 == 0) tma_store_wait<0>();
+  }
+
+  const PrefillArgs& prefill_;
+  const AttentionArgs& args_;
+  Shared& shared_;
+  int32_t thread_;
+  RingPosition<Traits::kStages> at_;  ///< the block whose keys come next; the values that come next are those before it
+};
+
+}  // namespace dca::cuda::sm90
