@@ -1,4 +1,5 @@
-# THE list of compiled attention kernels: kind-dtype-head_dim, and sm90-kind-dtype-head_dim for Hopper's own. Each becomes
+# THE list of compiled attention kernels: kind-dtype-head_dim, sm90-kind-dtype-head_dim for Hopper's own, and
+# kind-dtype-head_dim-e4m3 for a cache of 8-bit floating point. Each becomes
 # one .cu file of a few lines in the build tree; DCA_CUDA_INSTANCES picks some, for quicker builds.
 set(DCA_ALL_CUDA_INSTANCES "")
 foreach(kind prefill decode)
@@ -6,6 +7,11 @@ foreach(kind prefill decode)
     foreach(head_dim 64 96 128 256)
       list(APPEND DCA_ALL_CUDA_INSTANCES ${kind}-${dtype}-${head_dim})
     endforeach()
+  endforeach()
+endforeach()
+foreach(dtype bf16 fp16)
+  foreach(head_dim 64 96 128 256)
+    list(APPEND DCA_ALL_CUDA_INSTANCES decode-${dtype}-${head_dim}-e4m3)
   endforeach()
 endforeach()
 
@@ -49,6 +55,11 @@ foreach(instance IN LISTS _instances)
   set(DCA_INSTANCE_KIND ${_kind_${_kind}})
   set(DCA_INSTANCE_DTYPE ${_dtype_${_dtype}})
   set(DCA_INSTANCE_FUNCTION "${DCA_INSTANCE_ARCHITECTURE}_${_kind}_${_dtype}_${DCA_INSTANCE_HEAD_DIM}")
+  set(DCA_INSTANCE_CACHE "")
+  if(instance MATCHES "-e4m3$")
+    set(DCA_INSTANCE_CACHE ", DType::Float8E4M3")
+    string(APPEND DCA_INSTANCE_FUNCTION "_e4m3")
+  endif()
   set(_source "${CMAKE_CURRENT_BINARY_DIR}/instances/${DCA_INSTANCE_FUNCTION}.cu")
   configure_file("${CMAKE_CURRENT_SOURCE_DIR}/cmake/instance.cu.in" "${_source}" @ONLY)
   if(DCA_INSTANCE_ARCHITECTURE STREQUAL "sm90")

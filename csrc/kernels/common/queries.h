@@ -7,13 +7,21 @@
 
 namespace dca::cuda {
 
+/// Where 16 bytes of a row of Q go in shared memory: to the columns that they are.
+struct ColumnsInPlace {
+  template <class Smem, class Vec>
+  __device__ __forceinline__ void operator()(Smem& sQ, int32_t row, int32_t column, const Vec& x) const {
+    store16(&sQ(row, column), x);
+  }
+};
+
 /// Rotates rows of the tile for `segment` into `sQ` (rows, kHeadDim) in shared memory, read anew from global memory: an
 /// unrotated copy beside them would cost as much shared memory as a stage of keys. Lane `lane` of `lanes`; they hold
 /// the rows row_of(0) ... row_of(num_rows - 1).
-template <class Smem, class RowOf>
+template <class Smem, class RowOf, class Place = ColumnsInPlace>
 __device__ __forceinline__ void load_queries(const AttentionArgs& args, const WorkTile& tile, Segment segment,
                                              float sign, Smem&& sQ, int32_t num_rows, RowOf row_of, int32_t lane,
-                                             int32_t lanes) {
+                                             int32_t lanes, Place place = {}) {
   using Element = typename std::remove_reference_t<Smem>::value_type;
   constexpr int kHeadDim = decltype(cute::size<1>(sQ))::value;
   const AttentionParams& p = args.p;
@@ -23,7 +31,7 @@ __device__ __forceinline__ void load_queries(const AttentionArgs& args, const Wo
   for (int32_t i = lane; i < num_rows * units.count; i += lanes) {
     const int32_t row = row_of(i / units.count);
     const int32_t unit = i % units.count;
-    const auto store = [&](int32_t column, const Vec16<Element>& x) { store16(&sQ(row, column), x); };
+    const auto store = [&](int32_t column, const Vec16<Element>& x) { place(sQ, row, column, x); };
     const TileRow at = TileRow::of(args, tile, row);
     if (!at.valid) {
       Vec16<Element> zero;

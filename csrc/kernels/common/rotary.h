@@ -1,4 +1,4 @@
-// Rotary embedding of rows in 16-byte units: fp32 arithmetic from the fp32 tables, one rounding.
+// Rotary embedding of rows in units of 16 bytes of what comes out: fp32 arithmetic from the fp32 tables, one rounding.
 #pragma once
 
 #include "dca/params.h"
@@ -31,14 +31,33 @@ struct RotaryRow {
   float factor;         ///< on every element
 };
 
+/// kColumns neighbouring columns of a row.
+template <class T, int kColumns>
+using Columns = cute::array_aligned<T, kColumns, 16>;
+
+template <int kColumns, class Element>
+__device__ __forceinline__ Columns<Element, kColumns> load_columns(const Element* p) {
+  constexpr int kLoads = kColumns / kVec<Element>;
+  Columns<Element, kColumns> x;
+  CUTE_UNROLL
+  for (int i = 0; i < kLoads; ++i) {
+    reinterpret_cast<uint4*>(x.data())[i] = reinterpret_cast<const uint4*>(p)[i];
+  }
+  return x;
+}
+
 namespace detail {
 
-template <class Element>
-__device__ __forceinline__ Vec16<Element> load_unit(const RotaryRow<Element>& row, int32_t column) {
-  if (column < row.head_dim) return load16(row.data + column);
-  Vec16<Element> zero;
-  cute::clear(zero);
-  return zero;
+template <class Out, int kColumns, class Element>
+__device__ __forceinline__ Columns<Out, kColumns> convert(const Columns<Element, kColumns>& x) {
+  if constexpr (std::is_same_v<Out, Element>) {
+    return x;
+  } else {
+    Columns<Out, kColumns> y;
+    CUTE_UNROLL
+    for (int i = 0; i < kColumns; ++i) y[i] = static_cast<Out>(static_cast<float>(x[i]));
+    return y;
+  }
 }
 
 __device__ __forceinline__ void load_floats(const float* p, float (&x)[4]) {
@@ -46,27 +65,28 @@ __device__ __forceinline__ void load_floats(const float* p, float (&x)[4]) {
   x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
 }
 
-// Columns [column, column + vector) and the same half_dim further on.
-template <class Element, class Store>
+// Columns [column, column + kColumns) and the same half_dim further on.
+template <class Out, int kColumns, class Element, class Store>
 __device__ __forceinline__ void rotate_pair_of_units(const RotaryRow<Element>& row, int32_t half_dim, int32_t column,
                                                      Store&& store) {
-  Vec16<Element> a = load16(row.data + column);
-  Vec16<Element> b = load16(row.data + column + half_dim);
+  const Columns<Element, kColumns> a = load_columns<kColumns>(row.data + column);
+  const Columns<Element, kColumns> b = load_columns<kColumns>(row.data + column + half_dim);
+  Columns<Out, kColumns> first, second;
   CUTE_UNROLL
-  for (int first = 0; first < kVec<Element>; first += 4) {
+  for (int at = 0; at < kColumns; at += 4) {
     float cos[4], sin[4];
-    load_floats(row.cos + column + first, cos);
-    load_floats(row.sin + column + first, sin);
+    load_floats(row.cos + column + at, cos);
+    load_floats(row.sin + column + at, sin);
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const float x = static_cast<float>(a[first + i]) * row.factor;
-      const float y = static_cast<float>(b[first + i]) * row.factor;
-      a[first + i] = static_cast<Element>(x * cos[i] - y * sin[i]);
-      b[first + i] = static_cast<Element>(x * sin[i] + y * cos[i]);
+      const float x = static_cast<float>(a[at + i]) * row.factor;
+      const float y = static_cast<float>(b[at + i]) * row.factor;
+      first[at + i] = static_cast<Out>(x * cos[i] - y * sin[i]);
+      second[at + i] = static_cast<Out>(x * sin[i] + y * cos[i]);
     }
   }
-  store(column, a);
-  store(column + half_dim, b);
+  store(column, first);
+  store(column + half_dim, second);
 }
 
 // One element of a row whose pairs fall anywhere.
@@ -85,32 +105,45 @@ __device__ __forceinline__ float rotated_element(const RotaryRow<Element>& row, 
 
 }  // namespace detail
 
-/// Makes one unit of work of a row; calls store(column, 16 bytes) for each 16 bytes that it made.
-template <class Element, class Store>
-__device__ __forceinline__ void rotate_unit(const RotaryRow<Element>& row, const RotaryTables& rotary,
-                                            const RotaryUnits& units, int32_t unit, Store&& store) {
-  constexpr int kVector = kVec<Element>;
+/// Makes one unit of work of a row: `units` are of kColumns columns. Calls store(column, Columns<Out, kColumns>) for
+/// each kColumns of them that it made. Out is Element, rounded once, or float, not rounded.
+template <class Out, int kColumns, class Element, class Store>
+__device__ __forceinline__ void rotate_unit_as(const RotaryRow<Element>& row, const RotaryTables& rotary,
+                                               const RotaryUnits& units, int32_t unit, Store&& store) {
   const bool rotates = row.cos != nullptr;
   if (units.paired && unit < units.offset) {
+    const int32_t column = unit * kColumns;
     if (rotates) {
-      detail::rotate_pair_of_units(row, rotary.half_dim, unit * kVector, store);
+      detail::rotate_pair_of_units<Out, kColumns>(row, rotary.half_dim, column, store);
     } else {
-      store(unit * kVector, load16(row.data + unit * kVector));
-      store(unit * kVector + rotary.half_dim, load16(row.data + unit * kVector + rotary.half_dim));
+      const auto copy = [&](int32_t from) {
+        store(from, detail::convert<Out, kColumns, Element>(load_columns<kColumns>(row.data + from)));
+      };
+      copy(column);
+      copy(column + rotary.half_dim);
     }
     return;
   }
-  const int32_t column = (unit + units.offset) * kVector;
-  Vec16<Element> x = detail::load_unit(row, column);
+  const int32_t column = (unit + units.offset) * kColumns;
+  Columns<Out, kColumns> x;
+  cute::clear(x);
   if (column < row.head_dim) {
+    const Columns<Element, kColumns> plain = load_columns<kColumns>(row.data + column);
     CUTE_UNROLL
-    for (int i = 0; i < kVector; ++i) {
+    for (int i = 0; i < kColumns; ++i) {
       const bool in_pair = rotates && !units.paired && column + i < 2 * rotary.half_dim;
-      const float value = in_pair ? detail::rotated_element(row, rotary, column + i) : static_cast<float>(x[i]);
-      x[i] = static_cast<Element>(value * row.factor);
+      const float value = in_pair ? detail::rotated_element(row, rotary, column + i) : static_cast<float>(plain[i]);
+      x[i] = static_cast<Out>(value * row.factor);
     }
   }
   store(column, x);
+}
+
+/// The same in units of 16 bytes of the row's own dtype.
+template <class Element, class Store>
+__device__ __forceinline__ void rotate_unit(const RotaryRow<Element>& row, const RotaryTables& rotary,
+                                            const RotaryUnits& units, int32_t unit, Store&& store) {
+  rotate_unit_as<Element, kVec<Element>>(row, rotary, units, unit, store);
 }
 
 }  // namespace dca::cuda
