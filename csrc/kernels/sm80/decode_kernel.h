@@ -180,9 +180,11 @@ class DecodeTile {
     const auto sQ = smem_q(segment);
     const auto copy_a = make_tiled_copy_A(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, Mma{});
     const auto thr_copy_a = copy_a.get_slice(lane_);
-    auto fragment = make_fragment_like(Mma{}.get_slice(lane_).partition_fragment_A(sQ)(_, _, k));
-    copy(copy_a, thr_copy_a.partition_S(sQ)(_, _, k), thr_copy_a.retile_D(fragment));
-    return fragment;
+    auto all = Mma{}.get_slice(lane_).partition_fragment_A(sQ);  // of which only this step becomes registers
+    copy(copy_a, thr_copy_a.partition_S(sQ)(_, _, k), thr_copy_a.retile_D(all)(_, _, k));
+    auto step = make_fragment_like(all(_, _, k));
+    copy(all(_, _, k), step);
+    return step;
   }
 
   // exchange: O (kWarps, kBlockM, kExchangeRow) | max in powers of two (kWarps, kBlockM) | sum (kWarps, kBlockM)

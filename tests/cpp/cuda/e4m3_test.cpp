@@ -252,7 +252,7 @@ TEST(CudaE4M3Refusal, Strides) {
   expect_refused(p, problem, "v must be aligned to 16 bytes on CUDA");
 }
 
-TEST(CudaE4M3Refusal, ScalesInDeviceMemory) {
+TEST(CudaCheckedValuesE4M3, Scales) {
   const char* value = std::getenv("DCA_CHECK");
   if (value == nullptr || std::string(value) != "1") GTEST_SKIP() << "needs DCA_CHECK=1 in the environment";
   if (const std::string why = missing_kernel(small_shape()); !why.empty()) GTEST_SKIP() << why;
