@@ -1,6 +1,6 @@
 # THE list of compiled attention kernels: kind-dtype-head_dim, sm90-kind-dtype-head_dim for Hopper's own, and
-# kind-dtype-head_dim-e4m3 for a cache of 8-bit floating point. Each becomes
-# one .cu file of a few lines in the build tree; DCA_CUDA_INSTANCES picks some, for quicker builds.
+# kind-dtype-head_dim-e4m3 for a cache of 8-bit floating point. Each becomes one .cu file of a few lines in the build tree;
+# DCA_CUDA_INSTANCES picks some, for quicker builds.
 set(DCA_ALL_CUDA_INSTANCES "")
 foreach(kind prefill decode)
   foreach(dtype bf16 fp16)

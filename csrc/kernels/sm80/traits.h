@@ -85,9 +85,9 @@ struct DecodeTraits {
 
   using Rows = SmemRows<kHeadDim>;
   using SmemQ = typename Rows::template Layout_<kBlockM>;
-  using CacheRows = SmemRows<kHeadDim / kPacked>;
-  using SmemKv = typename CacheRows::template Layout_<kWarpKeys>;
-  using SmemVt = typename CacheRows::template Transposed<kWarpKeys>;
+  using KvRows = SmemRows<kHeadDim / kPacked>;
+  using SmemKv = typename KvRows::template Layout_<kWarpKeys>;
+  using SmemVt = typename KvRows::template Transposed<kWarpKeys>;
   static constexpr int kStageElements = kWarpKeys * kHeadDim / kPacked;
   static constexpr int kQueryBytes = kNumSegments * kBlockM * kHeadDim * 2;
   static constexpr int kRingBytes = 2 * kStages * kWarps * kStageElements * 2;
