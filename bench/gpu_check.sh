@@ -220,7 +220,9 @@ step_dca_bench() {
 prefill $small
 decode $small
 decode $small --page-size=64 --queries=3
+decode $small --cache-dtype=e4m3
 append $small
+append $small --cache-dtype=e4m3
 append $small --page-size=64
 merge $small
 prefill --heads=32 --kv-heads=8 --seqlen=16384
@@ -229,6 +231,8 @@ prefill --heads=32 --kv-heads=8 --seqlen=65536 --repeat=5
 decode --heads=64 --kv-heads=8 --seqlen=131072
 decode --heads=64 --kv-heads=8 --seqlen=131072 --page-size=64
 decode --heads=64 --kv-heads=8 --seqlen=32768 --batch=32
+decode --heads=64 --kv-heads=8 --seqlen=131072 --cache-dtype=e4m3
+decode --heads=64 --kv-heads=8 --seqlen=32768 --batch=32 --cache-dtype=e4m3
 append --kv-heads=8 --seqlen=131072
 merge --heads=32 --seqlen=32768
 LINES

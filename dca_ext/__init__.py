@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from dca_ext.installation import build_info, cmake_dir
     from dca_ext.patch import replace_attention, restore_attention
+    from dca_ext.scales import kv_cache_scale
 
 #: Public names that are imported on first use: the modules need transformers, the operators load a library.
 _LAZY = {
@@ -40,6 +41,7 @@ _LAZY = {
     "dca_attention_varlen": "functional",
     "dca_attention_with_kvcache": "functional",
     "dca_segment_attention": "functional",
+    "kv_cache_scale": "scales",
     "merge_attention_states": "functional",
     "replace_attention": "patch",
     "restore_attention": "patch",
@@ -60,6 +62,7 @@ __all__ = [
     "dca_attention_varlen",
     "dca_attention_with_kvcache",
     "dca_segment_attention",
+    "kv_cache_scale",
     "merge_attention_states",
     "replace_attention",
     "restore_attention",

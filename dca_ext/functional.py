@@ -9,14 +9,17 @@ Shapes, as in the flash-attention family; head_dim is contiguous, all other stri
     out                  like q
     lse                  (batch, num_heads, seqlen_q), or ragged (num_heads, total_q); float32, natural logarithm
 
+    k_scale, v_scale     a float, or float32 () or (1,), or (num_heads_kv,): one for all KV heads or one for each
+
 q, k, v and caches share one dtype (float32, bfloat16 or float16) and one device; num_heads is a multiple of
-num_heads_kv. Rows that see no key give out = 0 and lse = -inf. Work is that of causal attention: 4 * head_dim *
-num_heads FLOP per visible key.
+num_heads_kv. Both caches may be float8_e4m3fn instead, half the size of bfloat16: an element x then means x * scale,
+and a scale of None is 1; see `kv_cache_scale`. On CUDA head_dim must then be a multiple of 16. Rows that see no key
+give out = 0 and lse = -inf. Work is that of causal attention: 4 * head_dim * num_heads FLOP per visible key.
 
 Errors common to all: ValueError for a shape, dtype, device, stride or number that cannot be, and, on the CPU or with
-the environment variable DCA_CHECK=1, for values in length tensors and page tables; TypeError for an argument of the
-wrong kind; RuntimeError for a device that this build has no kernels for. Nothing has been written when they are raised.
-Backward raises NotImplementedError.
+the environment variable DCA_CHECK=1, for values in length tensors, page tables and scale tensors; TypeError for an
+argument of the wrong kind; RuntimeError for a device that this build has no kernels for. Nothing has been written when
+they are raised. Backward raises NotImplementedError.
 
 Source: An et al. 2024, "Training-Free Long-Context Scaling of Large Language Models" (arXiv 2402.17463), section 3.
 `dca_ext.reference` holds the same functions in readable torch.
@@ -214,6 +217,8 @@ def rotate_and_append_kv(
     page_table: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | None = None,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
     interleaved: bool = False,
 ) -> None:
     """Writes k, rotated at (position mod chunk_len), and v into the caches, in one pass.
@@ -233,9 +238,14 @@ def rotate_and_append_kv(
         page_table: (batch, max_pages), int32: slot s lies in page page_table[b, s // page_size] at s % page_size.
         cu_seqlens_q: (batch + 1,), int32: borders of ragged k and v.
         max_seqlen_q: with cu_seqlens_q: at least the longest sequence.
+        k_scale: of a float8_e4m3fn k_cache: a float, or float32 (), (1,) or (num_heads_kv,). What is written is the
+            rotated key / k_scale, rounded once to nearest even; beyond +-448 it becomes +-448, and NaN stays NaN.
+        v_scale: of a float8_e4m3fn v_cache, likewise.
         interleaved: rotary pairs are (2c, 2c + 1) instead of (c, c + rotary_dim / 2).
 
     Raises:
+        ValueError: among others, for scales with caches that are not float8_e4m3fn, and for scales that are not finite
+            and above 0.
         NotImplementedError: if k or v requires grad and grad mode is on: no gradient flows into a cache.
     """
     _require_tensors(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
@@ -246,6 +256,8 @@ def rotate_and_append_kv(
             "dca_ext::rotate_and_append_kv has no backward; run it under torch.no_grad() or detach k and v"
         )
     lengths, length = _split_lengths(cache_seqlens)
+    k_scales, k_scale_value = _split_scale("k_scale", k_scale, k_cache)
+    v_scales, v_scale_value = _split_scale("v_scale", v_scale, v_cache)
     torch.ops.dca_ext.rotate_and_append_kv(
         k,
         v,
@@ -261,6 +273,10 @@ def rotate_and_append_kv(
         length,
         cache_leftpad,
         page_table,
+        k_scales,
+        k_scale_value,
+        v_scales,
+        v_scale_value,
         interleaved,
     )
 
@@ -280,6 +296,8 @@ def dca_attention_with_kvcache(
     max_seqlen_q: int | None = None,
     page_table: Tensor | None = None,
     cache_leftpad: Tensor | None = None,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
     softmax_scale: float | None = None,
     temperature: Tensor | None = None,
     num_splits: int = 0,
@@ -307,6 +325,9 @@ def dca_attention_with_kvcache(
         page_table: (batch, max_pages), int32: slot s lies in page page_table[b, s // page_size] at s % page_size.
         cache_leftpad: (batch,), int32: slots in front of each sequence that are not its tokens; slot s is position
             s - cache_leftpad[b].
+        k_scale: of a float8_e4m3fn k_cache: a float, or float32 (), (1,) or (num_heads_kv,): a cached element x means
+            x * k_scale. New keys are divided by it.
+        v_scale: of a float8_e4m3fn v_cache, likewise.
         softmax_scale: factor on the logits; default 1 / sqrt(head_dim).
         temperature: (batch,), float32: one more factor per sequence, in place of ``config.temperature``.
         num_splits: parts into which the keys of a query tile are split; 0 chooses. More parts fill more processors.
@@ -339,6 +360,8 @@ def dca_attention_with_kvcache(
             page_table=page_table,
             cu_seqlens_q=cu_seqlens_q,
             max_seqlen_q=max_seqlen_q,
+            k_scale=k_scale,
+            v_scale=v_scale,
             interleaved=interleaved,
         )
     return _attention(
@@ -354,6 +377,8 @@ def dca_attention_with_kvcache(
         max_seqlen_q=max_seqlen_q,
         page_table=page_table,
         cache_leftpad=cache_leftpad,
+        k_scale=k_scale,
+        v_scale=v_scale,
         softmax_scale=softmax_scale,
         temperature=temperature,
         num_splits=num_splits,
@@ -376,6 +401,8 @@ def dca_segment_attention(
     max_seqlen_q: int | None = None,
     page_table: Tensor | None = None,
     cache_leftpad: Tensor | None = None,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
     softmax_scale: float | None = None,
     temperature: Tensor | None = None,
     num_splits: int = 0,
@@ -398,6 +425,8 @@ def dca_segment_attention(
         max_seqlen_q: with cu_seqlens_q: at least the longest sequence.
         page_table: (batch, max_pages), int32.
         cache_leftpad: (batch,), int32.
+        k_scale: of a float8_e4m3fn k_cache: a float, or float32 (), (1,) or (num_heads_kv,).
+        v_scale: of a float8_e4m3fn v_cache, likewise.
         softmax_scale: factor on the logits; default 1 / sqrt(head_dim).
         temperature: (batch,), float32: one more factor per sequence, in place of ``config.temperature``.
         num_splits: parts into which the keys of a query tile are split; 0 chooses.
@@ -421,6 +450,8 @@ def dca_segment_attention(
         max_seqlen_q=max_seqlen_q,
         page_table=page_table,
         cache_leftpad=cache_leftpad,
+        k_scale=k_scale,
+        v_scale=v_scale,
         softmax_scale=softmax_scale,
         temperature=temperature,
         num_splits=num_splits,
@@ -482,6 +513,8 @@ def _attention(
     keys_are_ragged: bool = False,
     page_table: Tensor | None = None,
     cache_leftpad: Tensor | None = None,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
     softmax_scale: float | None = None,
     temperature: Tensor | None = None,
     num_splits: int = 0,
@@ -493,6 +526,8 @@ def _attention(
     _require_config(config)
     _require_pair("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q)
     lengths, length = _split_lengths(cache_seqlens)
+    k_scales, k_scale_value = _split_scale("k_scale", k_scale, k)
+    v_scales, v_scale_value = _split_scale("v_scale", v_scale, v)
     max_rows = max_seqlen_q or 0
     yarn = temperature is None and config.temperature == "yarn"
     out, lse = torch.ops.dca_ext.attention(
@@ -513,6 +548,10 @@ def _attention(
         lengths_before_append,
         cache_leftpad,
         page_table,
+        k_scales,
+        k_scale_value,
+        v_scales,
+        v_scale_value,
         1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale,
         temperature,
         (config.original_max_position_embeddings or 0) if yarn else 0,
@@ -532,6 +571,21 @@ def _split_lengths(cache_seqlens: int | Tensor) -> tuple[Tensor | None, int]:
     return None, cache_seqlens
 
 
+def _split_scale(name: str, scale: float | Tensor | None, cache: Tensor) -> tuple[Tensor | None, float]:
+    """The operators take a scale as a tensor, or else as a number, which then needs no memory on the device."""
+    if scale is None:
+        return None, 1.0
+    if cache.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"{name} must be None unless the caches are float8_e4m3fn; got a scale for {cache.dtype}")
+    if isinstance(scale, Tensor):
+        return scale, 1.0
+    if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat):
+        raise TypeError(
+            f"{name} must be a float, or a float32 tensor (), (1,) or (num_heads_kv,); got {type(scale).__name__}"
+        )
+    return None, scale
+
+
 def _require_attendable(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, temperature: Tensor | None, batch: int, num_splits: int
 ) -> None:
@@ -539,9 +593,9 @@ def _require_attendable(
     if q.stride(-1) != 1 and q.shape[-1] > 1:
         raise ValueError(f"q must be contiguous in its last dimension; got stride {q.stride(-1)}")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.dtype != q.dtype or cache.device != q.device:
+        if cache.dtype not in (q.dtype, torch.float8_e4m3fn) or cache.device != q.device:
             raise ValueError(
-                f"{name} must have the dtype of q and be on its device ({q.dtype}, {q.device}); "
+                f"{name} must have the dtype of q, or float8_e4m3fn, and be on its device ({q.dtype}, {q.device}); "
                 f"got {cache.dtype}, {cache.device}"
             )
         if cache.dim() == 4 and cache.shape[3] != q.shape[-1]:

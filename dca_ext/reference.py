@@ -258,6 +258,8 @@ def rotate_and_append_kv(
     page_table: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | None = None,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
     interleaved: bool = False,
     compute_dtype: torch.dtype = torch.float64,
 ) -> None:
@@ -268,7 +270,7 @@ def rotate_and_append_kv(
         k_b, v_b = (k[b], v[b]) if cu_seqlens_q is None else (k[rows], v[rows])
         pad = None if cache_leftpad is None else cache_leftpad[b : b + 1]
         k_rotated = rotate_keys(
-            k_b[None],
+            k_b[None].to(compute_dtype),
             rotary_cos,
             rotary_sin,
             config,
@@ -279,8 +281,8 @@ def rotate_and_append_kv(
         )[0]
         for r in range(k_b.shape[0]):
             entry = _slot(before[b] + r, b, page_table, k_cache)
-            k_cache[entry] = k_rotated[r].to(k_cache.dtype)
-            v_cache[entry] = v_b[r]
+            k_cache[entry] = _stored(k_rotated[r], k_scale, k_cache)
+            v_cache[entry] = _stored(v_b[r].to(compute_dtype), v_scale, v_cache)
 
 
 def dca_attention_with_kvcache(
@@ -298,6 +300,8 @@ def dca_attention_with_kvcache(
     max_seqlen_q: int | None = None,
     page_table: Tensor | None = None,
     cache_leftpad: Tensor | None = None,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
     softmax_scale: float | None = None,
     temperature: Tensor | None = None,
     num_splits: int = 0,
@@ -325,6 +329,8 @@ def dca_attention_with_kvcache(
             page_table=page_table,
             cu_seqlens_q=cu_seqlens_q,
             max_seqlen_q=max_seqlen_q,
+            k_scale=k_scale,
+            v_scale=v_scale,
             interleaved=interleaved,
             compute_dtype=compute_dtype,
         )
@@ -345,8 +351,8 @@ def dca_attention_with_kvcache(
         positions = torch.arange(kv_lens[b] - q_b.shape[0], kv_lens[b], device=q.device)
         out_b, lse_b = attend(
             q_b.to(compute_dtype),
-            keys,
-            values,
+            keys * _per_head(k_scale, keys),
+            values * _per_head(v_scale, values),
             positions,
             rotary_cos,
             rotary_sin,
@@ -452,3 +458,17 @@ def _gather(cache: Tensor, b: int, slots: range, page_table: Tensor | None) -> T
     entries = torch.arange(slots.start, slots.stop, device=cache.device)
     pages = page_table[b].long()[entries // cache.shape[1]]
     return cache[pages, entries % cache.shape[1]]
+
+
+def _per_head(scale: float | Tensor | None, like: Tensor) -> Tensor:
+    """The scale of a cache for rows (..., H_kv, D) like these."""
+    return torch.as_tensor(1.0 if scale is None else scale, dtype=like.dtype, device=like.device).reshape(-1, 1)
+
+
+def _stored(rows: Tensor, scale: float | Tensor | None, cache: Tensor) -> Tensor:
+    """Rows (H_kv, D) as elements of the cache: float8_e4m3fn ends at its largest number, where torch makes NaN."""
+    rows = rows / _per_head(scale, rows)
+    if cache.dtype == torch.float8_e4m3fn:
+        largest = torch.finfo(cache.dtype).max
+        rows = rows.clamp(-largest, largest)
+    return rows.to(cache.dtype)

@@ -123,6 +123,41 @@ MUTATIONS = [
         "Element* const value = row_of<Element>(p.v_cache, batch, slot > 0 ? slot - 1 : slot, head);",
     ),
     Mutation(
+        "e4m3: Q keeps the order of its columns",
+        SM80 + "decode_kernel.h",
+        "std::conditional_t<Traits::kE4M3, EvenColumnsFirst, ColumnsInPlace>{}",
+        "ColumnsInPlace{}",
+        tests="*E4M3*",
+    ),
+    Mutation(
+        "e4m3: O keeps the order of its columns",
+        SM80 + "decode_kernel.h",
+        "{o(r, c), o(r, c + 2), o(r, c + 1), o(r, c + 3)}",
+        "{o(r, c), o(r, c + 1), o(r, c + 2), o(r, c + 3)}",
+        tests="*E4M3*",
+    ),
+    Mutation(
+        "e4m3: all heads have the scales of the first",
+        SM80 + "decode_kernel.h",
+        "scale.of(tile_.kv_head)",
+        "scale.of(0)",
+        tests="*E4M3*",
+    ),
+    Mutation(
+        "e4m3: NaN is read as 480",
+        COMMON + "e4m3.h",
+        "return with_nan(multiply(small, 0x7b807b80u));",
+        "return multiply(small, 0x7b807b80u);",
+        tests="*E4M3*",
+    ),
+    Mutation(
+        "e4m3: append truncates",
+        COMMON + "e4m3.h",
+        "+ 0x7ffffu + (bits >> 20 & 1u)) >> 20;",
+        ") >> 20;",
+        tests="*E4M3*",
+    ),
+    Mutation(
         "Hopper mask: one key too many",
         SM90 + "mainloop.h",
         ".position - first_key + 1);",
@@ -205,11 +240,14 @@ MUTATIONS = [
 
 
 def build(tree: Path, build_dir: Path) -> None:
-    """Configures and builds dca_cuda_tests with one prefill and one decode kernel."""
+    """Configures and builds dca_cuda_tests with one kernel of each kind."""
     options = [
         *("-DDCA_CUDA=ON", "-DDCA_BUILD_TESTS=ON", "-DDCA_CUDA_STATIC_RUNTIME=OFF", "-DDCA_CUDA_ARCHITECTURES=80;90a"),
         "-DDCA_CUDA_ALLOW_SPILLS=ON",  # a mutation may spill; that is not what it is here for
-        *("-DDCA_CUDA_INSTANCES=prefill-bf16-64;decode-bf16-64;sm90-prefill-bf16-64", f"-DCUTLASS_DIR={cutlass_dir()}"),
+        *(
+            "-DDCA_CUDA_INSTANCES=prefill-bf16-64;decode-bf16-64;decode-bf16-64-e4m3;sm90-prefill-bf16-64",
+            f"-DCUTLASS_DIR={cutlass_dir()}",
+        ),
     ]
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     for command in (

@@ -11,6 +11,7 @@ from torch import Tensor
 from dca_ext import DCAConfig, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+E4M3 = torch.float8_e4m3fn
 
 #: Geometries (chunk_len, max_position): the paper's Figure 2, no local window, the smallest, a usual ratio, an odd one.
 FIGURE_2 = DCAConfig(6, 9)

@@ -69,6 +69,20 @@ def test_bench_verifies_caches_of_pages(operation: str, tmp_path_factory: pytest
     assert "max error" in result.stdout
 
 
+@pytest.mark.parametrize("operation", ["decode", "append"])
+def test_bench_verifies_caches_of_8_bit_numbers(
+    operation: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file = tmp_path / "result.json"
+    narrow = ["--dtype=bf16", "--cache-dtype=e4m3", "--verify", "--json", file]
+    result = run(bench(tmp_path_factory), operation, *SHAPE, *narrow)
+    assert "cache e4m3" in result.stdout
+    row = json.loads(file.read_text())
+    elements = 2 * 2 * 200 * 2 * 80  # k and v
+    assert row["cache_dtype"] == "e4m3"
+    assert row["work"] == pytest.approx(elements if operation == "decode" else (2 + 1) * elements)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -80,6 +94,8 @@ def test_bench_verifies_caches_of_pages(operation: str, tmp_path_factory: pytest
         (["decode", "--device=cuda"], "--device=cuda needs"),  # a build with CUDA kernels, or else a CUDA device
         (["prefill", "--heads", "many"], "--heads must be an integer between 1 and 2147483647; got 'many'"),
         (["prefill", "--dtype", "int8"], "--dtype must be fp32, bf16 or fp16; got 'int8'"),
+        (["decode", "--cache-dtype", "e5m2"], "--cache-dtype must be same or e4m3; got 'e5m2'"),
+        (["prefill", "--cache-dtype", "e4m3"], "--cache-dtype is for decode and append; got prefill"),
         (["prefill", "--speed", "9"], "unknown option '--speed'"),
         (["decode", "--heads=7"], "num_heads must be a positive multiple of num_heads_kv"),
         (["append", "--json", "no/such/folder/x.json"], "--json must name a file in an existing folder"),
@@ -99,5 +115,17 @@ def test_bench_help_names_every_flag(tmp_path_factory: pytest.TempPathFactory) -
     text = run(bench(tmp_path_factory), "--help").stdout
     for flag in ("batch", "heads", "kv-heads", "head-dim", "seqlen", "chunk-len", "max-position", "dtype", "threads"):
         assert f"--{flag} " in text
-    for flag in ("splits", "repeat", "warmup", "verify", "json", "device", "timing", "page-size", "queries", "parts"):
+    for flag in (
+        "splits",
+        "repeat",
+        "warmup",
+        "verify",
+        "json",
+        "device",
+        "timing",
+        "page-size",
+        "queries",
+        "parts",
+        "cache-dtype",
+    ):
         assert f"--{flag} " in text

@@ -17,7 +17,10 @@ PTXSIM = Path(os.environ.get("PTXSIM_DIR", ROOT.parent / "shared" / "ptxsim"))
 
 #: What a run without other orders compiles: each kind and each dtype once, one head_dim whose rows are read in two
 #: pieces. All: DCA_CUDA_INSTANCES=all.
-INSTANCES = "prefill-bf16-64;decode-bf16-64;prefill-fp16-128;decode-fp16-128;sm90-prefill-bf16-64;sm90-prefill-fp16-128"
+INSTANCES = (
+    "prefill-bf16-64;decode-bf16-64;prefill-fp16-128;decode-fp16-128;sm90-prefill-bf16-64;sm90-prefill-fp16-128;"
+    "decode-bf16-64-e4m3;decode-fp16-128-e4m3"
+)
 
 #: Orders of warps and of asynchronous copies to run under: at random, as late as is legal, and with a look at races.
 MODES = {
@@ -118,13 +121,15 @@ def test_kernels_match_the_reference(
 
 def test_values_in_device_memory_are_checked_on_request(tmp_path_factory: pytest.TempPathFactory) -> None:
     build = cuda_build(tmp_path_factory)
-    run_kernels(build, "tests/cpp/cuda/dca_cuda_tests", "--gtest_filter=CudaCheckedValues.*", DCA_CHECK="1")
+    run_kernels(build, "tests/cpp/cuda/dca_cuda_tests", "--gtest_filter=CudaCheckedValues*", DCA_CHECK="1")
 
 
-@pytest.mark.parametrize("operation", ["prefill", "decode", "append", "merge"])
+@pytest.mark.parametrize(
+    "operation", ["prefill", "decode", "append", "merge", "decode --cache-dtype=e4m3", "append --cache-dtype=e4m3"]
+)
 def test_bench_verifies_on_cuda(operation: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     build = cuda_build(tmp_path_factory)
     shape = ["--batch=2", "--heads=4", "--kv-heads=2", "--head-dim=64", "--seqlen=96", "--chunk-len=32"]
     small = ["--max-position=48", "--dtype=bf16", "--repeat=1", "--warmup=0", "--copy-mib=1", "--timing=events"]
-    output = run_kernels(build, "bench/cpp/dca_bench", operation, "--device=cuda", *shape, *small, "--verify")
+    output = run_kernels(build, "bench/cpp/dca_bench", *operation.split(), "--device=cuda", *shape, *small, "--verify")
     assert "max error" in output

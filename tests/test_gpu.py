@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from oracle import SMALL, assert_close, attend_in_low_precision, baseline_attention, random_rows, tables
+from oracle import E4M3, SMALL, assert_close, attend_in_low_precision, baseline_attention, random_rows, tables
 from tiny_models import tiny_config, tokens
 
 import dca_ext
@@ -15,8 +15,10 @@ from dca_ext import (
     dca_attention,
     dca_attention_with_kvcache,
     dca_segment_attention,
+    kv_cache_scale,
     merge_attention_states,
     reference,
+    rotate_and_append_kv,
     rotate_keys,
 )
 from dca_ext.patch import replace_attention
@@ -60,6 +62,22 @@ def test_decode_equals_the_reference(dtype, seqlen_q):
         )
         baseline = attend_in_low_precision(q[b], cache[0][0], cache[1][0], positions, cos, sin, SMALL, 64**-0.5)
         assert_close(out[b], exact[0], baseline)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_float8_cache_gives_what_it_gives_on_the_cpu(dtype, seqlen_q):
+    cos, sin = tables(SMALL, 64)
+    q, k, v = (random_rows(2, 300, heads, 64, dtype=dtype) for heads in (8, 2, 2))
+    outs = []
+    for device in ("cuda", "cpu"):
+        caches = [torch.zeros(2, 300, 2, 64, device=device).to(E4M3) for _ in range(2)]
+        tensors = [x.to(device) for x in (q[:, -seqlen_q:], *caches, cos, sin)]
+        scales = {name: kv_cache_scale(x).to(device) for name, x in (("k_scale", k), ("v_scale", v))}
+        rotate_and_append_kv(k.to(device), v.to(device), *tensors[1:], SMALL, cache_seqlens=0, **scales)
+        out = dca_attention_with_kvcache(*tensors, SMALL, cache_seqlens=300, **scales)
+        outs.append(out.float().cpu())
+    torch.testing.assert_close(*outs, atol=2e-2, rtol=2e-2)
 
 
 def test_segments_merge_to_the_whole():

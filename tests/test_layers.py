@@ -65,6 +65,7 @@ ALLOWED = {
     "version": set(),
     "config": set(),
     "operators": set(),
+    "scales": set(),
     "installation": {"_core"},
     "reference": {"config"},
     "rotary": {"config"},
@@ -74,7 +75,7 @@ ALLOWED = {
     "patch": {"config", "attention", "cache", "rotary"},
     "cli": {"", "cli", "_core"},  # "": the public names
     "__main__": {"cli"},
-    "__init__": {"config", "version", "attention", "functional", "installation", "patch"},
+    "__init__": {"config", "version", "attention", "functional", "installation", "patch", "scales"},
 }
 
 #: Third-party packages that only some may know; all may know torch, except those in WITHOUT_TORCH.

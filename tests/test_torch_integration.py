@@ -32,18 +32,22 @@ def operator_calls():
     ops = torch.ops.dca_ext
     q, k, v = qkv()
     n, p = SMALL.chunk_len, SMALL.max_position
-    plain = (q, k, v, COS, SIN, n, p, -1, None, 0, None, 0, None, 50, False, None, None, 0.25, None, 0, 0, False, True)
+    unscaled = (None, 1.0, None, 1.0)
+    plain = (
+        q, k, v, COS, SIN, n, p, -1, None, 0, None, 0, None, 50, False, None, None, *unscaled, 0.25, None, 0, 0, False,
+        True,
+    )  # fmt: skip
     yield "attention", ops.attention, plain
     borders = ragged_borders(20, 30)
     flat = [x[0] for x in (q, k, v)]
     temperature = torch.ones(2)
     yield "attention, ragged", ops.attention, (
-        *flat, COS, SIN, n, p, -1, borders, 30, borders, 30, None, 0, False, None, None, 0.25, temperature, 0, 0, False,
-        False,
+        *flat, COS, SIN, n, p, -1, borders, 30, borders, 30, None, 0, False, None, None, *unscaled, 0.25,
+        temperature, 0, 0, False, False,
     )  # fmt: skip
     cache = empty_cache(2, 64, KV_HEADS, DIM, torch.float32, page_size=16)
     lengths = torch.tensor([3, 5], dtype=torch.int32)
-    append = (k, v, cache.k, cache.v, COS, SIN, n, p, None, 0, lengths, 0, None, cache.page_table, False)
+    append = (k, v, cache.k, cache.v, COS, SIN, n, p, None, 0, lengths, 0, None, cache.page_table, *unscaled, False)
     yield "append", ops.rotate_and_append_kv, append
     yield "rotate", ops.rotate_keys, (k, COS, SIN, n, p, None, 0, lengths, 0, None, True)
     yield "merge", ops.merge_attention_states, ([q, q], [torch.randn(2, HEADS, 50)] * 2)

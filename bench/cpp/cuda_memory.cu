@@ -1,5 +1,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include <stdexcept>
 
 #include "cuda_memory.h"
 #include "cuda_status.h"
@@ -20,6 +23,7 @@ __device__ uint64_t mix(uint64_t x) {
 __device__ void store(float* to, float x) { *to = x; }
 __device__ void store(__nv_bfloat16* to, float x) { *to = __float2bfloat16(x); }
 __device__ void store(__half* to, float x) { *to = __float2half(x); }
+__device__ void store(__nv_fp8_e4m3* to, float x) { *to = __nv_fp8_e4m3(x); }
 
 template <class Element>
 __global__ void __launch_bounds__(kThreads) fill(Element* data, int64_t count, uint64_t seed) {
@@ -55,6 +59,11 @@ void fill_uniform(void* data, DType dtype, int64_t count, uint64_t seed, cudaStr
     case DType::Float16:
       fill<<<kBlocks, kThreads, 0, stream>>>(static_cast<__half*>(data), count, seed);
       break;
+    case DType::Float8E4M3:
+      fill<<<kBlocks, kThreads, 0, stream>>>(static_cast<__nv_fp8_e4m3*>(data), count, seed);
+      break;
+    case DType::Same:
+      throw std::logic_error("a tensor has a dtype of its own");
   }
   require_cuda(cudaGetLastError(), "filling a tensor");
 }

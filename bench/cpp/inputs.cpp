@@ -47,13 +47,14 @@ CacheLayout::CacheLayout(const Machine& machine, const Options& o)
       page_table(machine, shuffled_pages(o)) {}
 
 Tensor CacheLayout::cache(const Machine& machine, const Options& o) const {
-  if (page_size == 0) return {machine, o.dtype, o.batch, o.seqlen, o.kv_heads, o.head_dim};
-  return {machine, o.dtype, o.batch * max_pages, page_size, o.kv_heads, o.head_dim};
+  const DType dtype = dtype_of_cache(o);
+  if (page_size == 0) return {machine, dtype, o.batch, o.seqlen, o.kv_heads, o.head_dim};
+  return {machine, dtype, o.batch * max_pages, page_size, o.kv_heads, o.head_dim};
 }
 
 Tensor CacheLayout::random_cache(const Machine& machine, const Options& o, uint64_t seed) const {
   Tensor tensor = cache(machine, o);
-  machine.fill_random(tensor.memory.get(), o.dtype, tensor.count, seed);
+  machine.fill_random(tensor.memory.get(), tensor.dtype, tensor.count, seed);
   return tensor;
 }
 

@@ -59,6 +59,7 @@ const std::vector<IntegerFlag>& integer_flags() {
   for (const IntegerFlag& flag : integer_flags()) print(std::string(flag.name) + " N", flag.help);
   print("--device NAME", "cpu or cuda (cpu)");
   print("--dtype TYPE", "fp32, bf16 or fp16 (fp32; CUDA: bf16)");
+  print("--cache-dtype TYPE", "decode, append: same (as --dtype) or e4m3, 8-bit floating point (same)");
   print("--timing WAY",
         "CUDA: events around the call, or around the replay of a graph (events for prefill, else graph)");
   print("--verify", "compare with the double-precision reference; fails if the error is too large");
@@ -81,6 +82,13 @@ DType to_dtype(const std::string& text) {
     if (text == name_of(dtype)) return dtype;
   }
   throw std::invalid_argument("--dtype must be fp32, bf16 or fp16; got '" + text + "'");
+}
+
+DType to_cache_dtype(const std::string& text) {
+  for (const DType dtype : {DType::Same, DType::Float8E4M3}) {
+    if (text == name_of(dtype)) return dtype;
+  }
+  throw std::invalid_argument("--cache-dtype must be same or e4m3; got '" + text + "'");
 }
 
 Device to_device(const std::string& text) {
@@ -133,6 +141,8 @@ void set_flag(Options& options, const Flag& flag) {
     options.device = to_device(flag.value);
   } else if (flag.name == "--dtype") {
     options.dtype = to_dtype(flag.value);
+  } else if (flag.name == "--cache-dtype") {
+    options.cache_dtype = to_cache_dtype(flag.value);
   } else if (flag.name == "--timing") {
     if (options.device == Device::Cpu) throw std::invalid_argument("--timing needs --device=cuda");
     options.timing = to_timing(flag.value);
@@ -160,6 +170,10 @@ void complete(Options& options) {
   if (options.page_size > 0 && !has_cache) {
     throw std::invalid_argument(std::string("--page-size is for decode and append; got ") + name_of(options.operation));
   }
+  if (options.cache_dtype != DType::Same && !has_cache) {
+    throw std::invalid_argument(std::string("--cache-dtype is for decode and append; got ") +
+                                name_of(options.operation));
+  }
   if (options.json.empty()) return;
   const std::filesystem::path folder = std::filesystem::absolute(options.json).parent_path();
   if (!std::filesystem::is_directory(folder)) {  // said now, not after minutes of measuring
@@ -183,7 +197,18 @@ const char* name_of(Operation operation) {
 }
 
 const char* name_of(DType dtype) {
-  return dtype == DType::Float32 ? "fp32" : dtype == DType::BFloat16 ? "bf16" : "fp16";
+  switch (dtype) {
+    case DType::Same:
+      return "same";
+    case DType::Float32:
+      return "fp32";
+    case DType::BFloat16:
+      return "bf16";
+    case DType::Float16:
+      return "fp16";
+    default:
+      return "e4m3";
+  }
 }
 
 const char* name_of(Device device) { return device == Device::Cpu ? "cpu" : "cuda"; }

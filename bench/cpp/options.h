@@ -28,10 +28,11 @@ struct Options {
   int64_t chunk_len = 2560;
   int64_t max_position = 0;  ///< 0: chunk_len * 6 / 5, the usual ratio
   DType dtype = DType::Float32;
-  int64_t threads = 0;             ///< 0: DCA_NUM_THREADS or all processors
-  int64_t splits = 0;              ///< 0: the library's choice
-  Timing timing = Timing::Events;  ///< CUDA
-  int64_t copy_mib = 4096;         ///< CUDA: size of the copy that measures the bandwidth
+  DType cache_dtype = DType::Same;  ///< decode, append
+  int64_t threads = 0;              ///< 0: DCA_NUM_THREADS or all processors
+  int64_t splits = 0;               ///< 0: the library's choice
+  Timing timing = Timing::Events;   ///< CUDA
+  int64_t copy_mib = 4096;          ///< CUDA: size of the copy that measures the bandwidth
   int64_t repeat = 9;
   int64_t warmup = 2;
   bool verify = false;
@@ -39,7 +40,7 @@ struct Options {
 };
 
 const char* name_of(Operation operation);
-const char* name_of(DType dtype);
+const char* name_of(DType dtype);  ///< "same" for DType::Same
 const char* name_of(Device device);
 
 /// Prints the help and ends the process for --help; throws std::invalid_argument with one sentence for bad input.

@@ -76,6 +76,7 @@ std::string json_of(const Options& o, const Result& r) {
   line.add("device", std::string(name_of(o.device)));
   line.add("kernel", r.kernel);
   line.add("dtype", std::string(name_of(o.dtype)));
+  if (o.cache_dtype != DType::Same) line.add("cache_dtype", std::string(name_of(o.cache_dtype)));
   line.add("batch", o.batch);
   if (o.operation != Operation::Append) line.add("heads", o.heads);
   if (o.operation != Operation::Merge) line.add("kv_heads", o.kv_heads);
@@ -119,15 +120,16 @@ std::string shape_of(const Options& o) {
   const std::string batch = "batch " + number(o.batch);
   const std::string size = ", head_dim " + number(o.head_dim) + ", seqlen " + number(o.seqlen);
   const std::string paged = o.page_size > 0 ? ", page_size " + number(o.page_size) : "";
+  const std::string cache = o.cache_dtype != DType::Same ? std::string(", cache ") + name_of(o.cache_dtype) : "";
   const std::string queries = o.queries > 1 ? ", queries " + number(o.queries) : "";
   const std::string chunks = ", chunk_len " + number(o.chunk_len) + ", max_position " + number(o.max_position);
   switch (o.operation) {
     case Operation::Merge:
       return batch + ", heads " + number(o.heads) + size + ", parts " + number(o.parts);
     case Operation::Append:
-      return batch + ", kv heads " + number(o.kv_heads) + size + paged + chunks;
+      return batch + ", kv heads " + number(o.kv_heads) + size + cache + paged + chunks;
     default:
-      return batch + ", heads " + number(o.heads) + "/" + number(o.kv_heads) + size + queries + paged + chunks;
+      return batch + ", heads " + number(o.heads) + "/" + number(o.kv_heads) + size + cache + queries + paged + chunks;
   }
 }
 

@@ -45,16 +45,17 @@ std::string verify_new_rows(const AppendParams& whole, int32_t begin, int32_t co
   p.v = from_row(p.v, begin, p.dtype);
   p.seqlen_k = count;
   p.cache_seqlen = begin;
+  const DType dtype = dtype_of_cache(p);
   std::vector<double> keys, exact_keys;
   for (const auto& row : reference::rotate_and_append_kv(p)) {
     for (int32_t c = 0; c < p.head_dim; ++c) {
       keys.push_back(k_cache.at(row.k_offset + c));
-      const bool copied = v_cache.at(row.v_offset + c) == row.value[static_cast<size_t>(c)];
-      if (!copied) throw std::runtime_error("--verify: v_cache differs from v");
+      const double value = reference::round_to(row.value[static_cast<size_t>(c)], dtype);
+      if (v_cache.at(row.v_offset + c) != value) throw std::runtime_error("--verify: v_cache differs from v");
     }
     exact_keys.insert(exact_keys.end(), row.key.begin(), row.key.end());
   }
-  return require_verdict(error_rule::rotation(keys, exact_keys, 1.0, p.dtype));
+  return require_verdict(error_rule::rotation(keys, exact_keys, 1.0, dtype));
 }
 
 }  // namespace

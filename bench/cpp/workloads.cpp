@@ -101,6 +101,7 @@ Result run_decode(const Options& o, Machine& machine, const Rotary& rotary) {
       Tensor(machine, o.dtype, o.batch, o.queries, o.heads, o.head_dim),
   };
   AttentionParams p = attention_params(o, machine, rotary, tensors, o.queries);
+  p.cache_dtype = o.cache_dtype;
   p.seqlen_k = static_cast<int32_t>(layout.total_slots);
   p.pages = layout.pages();
   // Lengths in memory, as a serving loop has them.
@@ -111,7 +112,7 @@ Result run_decode(const Options& o, Machine& machine, const Rotary& rotary) {
   const auto workspace = give_workspace(machine, p);
   result.seconds = machine.time_runs([&] { return attention(p); });
   result.work = 2.0 * static_cast<double>(o.batch * o.seqlen * o.kv_heads * o.head_dim) *
-                static_cast<double>(element_size(o.dtype));
+                static_cast<double>(element_size(dtype_of_cache(o)));
   result.work_unit = "B";
   result.ceiling = machine.read_ceiling({tensors.k.buffer(), tensors.v.buffer()});
   if (o.verify) result.verified = verify(machine, rotary, tensors, p, layout.host_pages());
@@ -124,6 +125,7 @@ Result run_append(const Options& o, Machine& machine, const Rotary& rotary) {
   const Tensor v = random_tensor(machine, o.dtype, o.batch, o.seqlen, o.kv_heads, o.head_dim, 3);
   const Tensor k_cache = layout.cache(machine, o), v_cache = layout.cache(machine, o);
   AppendParams p = common_params<AppendParams>(o, machine, rotary);
+  p.cache_dtype = o.cache_dtype;
   p.cache_slots = static_cast<int32_t>(layout.total_slots);
   p.k = k.ref();
   p.v = v.ref();
@@ -132,7 +134,8 @@ Result run_append(const Options& o, Machine& machine, const Rotary& rotary) {
   p.pages = layout.pages();
   Result result;
   result.seconds = machine.time_runs([&] { return rotate_and_append_kv(p); });
-  result.work = 2.0 * static_cast<double>(k.bytes() + v.bytes());
+  const size_t written = static_cast<size_t>(k.count) * element_size(dtype_of_cache(o));
+  result.work = 2.0 * static_cast<double>(k.bytes() + written);
   result.work_unit = "B";
   if (o.verify) {  // before the copy overwrites the caches
     const Tensor host_k = host_copy(machine, k), host_v = host_copy(machine, v);
@@ -144,11 +147,9 @@ Result run_append(const Options& o, Machine& machine, const Rotary& rotary) {
     host.pages = layout.host_pages();
     result.verified = verify_append(host, host_copy(machine, k_cache), host_copy(machine, v_cache));
   }
-  // Caches of pages have a few slots more.
-  const auto part_of = [](const Tensor& cache, const Tensor& whole) {
-    return std::pair<void*, size_t>(cache.memory.get(), whole.bytes());
-  };
-  result.ceiling = machine.copy_ceiling({k.buffer(), v.buffer()}, {part_of(k_cache, k), part_of(v_cache, v)});
+  // Caches of pages have a few slots more; those of narrow elements take a part of k and v.
+  const auto part = [&](const Tensor& tensor) { return std::pair<void*, size_t>(tensor.memory.get(), written); };
+  result.ceiling = machine.copy_ceiling({part(k), part(v)}, {part(k_cache), part(v_cache)});
   return result;
 }
 

@@ -134,7 +134,7 @@ struct Workspace {
 
 // What one worker needs, in fp32. `dim` is head_dim rounded up to whole vectors.
 struct Scratch {
-  float* q;        // (rows, dim): rotated for the current segment, scaled by softmax scale, temperature and log2(e)
+  float* q;        // (rows, dim): rotated for the current segment, times all factors on the logits and log2(e)
   float* o;        // (rows, dim)
   float* row_max;  // (rows): in base 2
   float* row_sum;  // (rows)
@@ -178,7 +178,7 @@ class Tile {
         group_(p.num_heads / p.num_heads_kv),
         positions_(task.q_end - task.q_begin),
         dim_(round_up(p.head_dim, mk.lanes)),
-        scale_(logit_scale(p, info_, task.b) * kLog2E) {}
+        scale_(logit_scale(p, info_, task.b) * kLog2E * p.k_scale.of(task.kv_head)) {}
 
   void run() {
     const int32_t rows = group_ * positions_;
@@ -211,7 +211,7 @@ class Tile {
         const bool empty = w_.row_sum[i] == 0.0f;
         const float lse = empty ? -INFINITY : (w_.row_max[i] + std::log2(w_.row_sum[i])) * kLn2;
         float* o = w_.o + i * dim_;
-        const float inverse = empty ? 0.0f : 1.0f / w_.row_sum[i];
+        const float inverse = empty ? 0.0f : p_.v_scale.of(task_.kv_head) / w_.row_sum[i];
         for (int32_t c = 0; c < p_.head_dim; ++c) o[c] *= inverse;
         visit(info_.row(task_.q_begin + r), task_.kv_head * group_ + h, o, lse);
       }

@@ -18,7 +18,7 @@ inline HeadRows head_rows(const void* data, DType dtype, Strides stride, int64_t
 class CacheRows {
  public:
   CacheRows(const AttentionParams& p, const ConstTensorRef& cache, const SeqlenInfo& info, int32_t b, int32_t head)
-      : cache_(cache), dtype_(p.dtype), leftpad_(info.leftpad), row_(info.k_row), b_(b), head_(head) {
+      : cache_(cache), dtype_(dtype_of_cache(p)), leftpad_(info.leftpad), row_(info.k_row), b_(b), head_(head) {
     if (p.pages.page_table != nullptr) {
       pages_ = p.pages.page_table + b * p.pages.stride_batch;
       page_size_ = p.pages.page_size;

@@ -35,7 +35,8 @@ struct NewRows {
     return head_rows(t.data, p.dtype, t.stride, ragged ? 0 : b, ragged ? p.cu_seqlens_k[b] + r : r, head).data;
   }
 
-  void rotate(const MicroKernels& mk, int32_t b, int64_t r, int32_t head, float* row, void* out) const {
+  // Row r of k, rotated, in fp32.
+  void rotate(const MicroKernels& mk, int32_t b, int64_t r, int32_t head, float* row) const {
     mk.load_row(input(p.k, b, r, head), p.dtype, p.head_dim, row);
     const int64_t at = position(b, r);
     if (at >= 0) {
@@ -43,7 +44,6 @@ struct NewRows {
       mk.rotate_row(row, p.head_dim, p.rotary.cos + entry, p.rotary.sin + entry, p.rotary.half_dim,
                     p.rotary.interleaved, 1.0f);
     }
-    mk.store_row(row, p.dtype, p.head_dim, out);
   }
 };
 
@@ -72,7 +72,8 @@ Status rotate_keys(const RotateKeysParams& p) {
   const ConstTensorRef out{p.out.data, p.out.stride};
   for_each_new_row(p, [&](int32_t b, int64_t r, float* scratch) {
     for (int32_t head = 0; head < p.num_heads_kv; ++head) {
-      rows.rotate(mk, b, r, head, scratch, const_cast<void*>(rows.input(out, b, r, head)));
+      rows.rotate(mk, b, r, head, scratch);
+      mk.store_row(scratch, p.dtype, p.head_dim, const_cast<void*>(rows.input(out, b, r, head)));
     }
   });
   return {};
@@ -81,21 +82,35 @@ Status rotate_keys(const RotateKeysParams& p) {
 Status rotate_and_append_kv(const AppendParams& p) {
   const MicroKernels& mk = *micro_kernels();
   const NewRows<AppendParams> rows{p};
-  const size_t row_bytes = static_cast<size_t>(p.head_dim) * element_size(p.dtype);
+  const DType cache_dtype = dtype_of_cache(p);
+  const size_t row_bytes = static_cast<size_t>(p.head_dim) * element_size(cache_dtype);
   const auto cache_row = [&](const TensorRef& cache, int32_t b, int64_t slot, int32_t head) {
     int64_t batch = b;
     if (p.pages.page_table != nullptr) {
       batch = p.pages.page_table[b * p.pages.stride_batch + slot / p.pages.page_size];
       slot %= p.pages.page_size;
     }
-    return const_cast<void*>(head_rows(cache.data, p.dtype, cache.stride, batch, slot, head).data);
+    return const_cast<void*>(head_rows(cache.data, cache_dtype, cache.stride, batch, slot, head).data);
+  };
+  const auto store = [&](float* row, float scale, void* out) {
+    if (cache_dtype == DType::Float8E4M3) {
+      for (int32_t c = 0; c < p.head_dim; ++c) row[c] /= scale;
+    }
+    mk.store_row(row, cache_dtype, p.head_dim, out);
   };
   for_each_new_row(p, [&](int32_t b, int64_t r, float* scratch) {
     const int64_t slot = rows.slot(b, r);
     for (int32_t head = 0; head < p.num_heads_kv; ++head) {
-      rows.rotate(mk, b, r, head, scratch, cache_row(p.k_cache, b, slot, head));
-      const char* value = static_cast<const char*>(rows.input(p.v, b, r, head));
-      std::copy_n(value, row_bytes, static_cast<char*>(cache_row(p.v_cache, b, slot, head)));
+      rows.rotate(mk, b, r, head, scratch);
+      store(scratch, p.k_scale.of(head), cache_row(p.k_cache, b, slot, head));
+      const void* value = rows.input(p.v, b, r, head);
+      void* const to = cache_row(p.v_cache, b, slot, head);
+      if (cache_dtype == p.dtype) {  // copied as it is
+        std::copy_n(static_cast<const char*>(value), row_bytes, static_cast<char*>(to));
+      } else {
+        mk.load_row(value, p.dtype, p.head_dim, scratch);
+        store(scratch, p.v_scale.of(head), to);
+      }
     }
   });
   return {};

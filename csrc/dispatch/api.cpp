@@ -104,6 +104,7 @@ Status describe_attention(const AttentionParams& params, std::string* kernel) {
   // Shapes only: pointers may be null here, so the values behind them are not checked.
   AttentionParams shapes = params;
   shapes.cu_seqlens_q = shapes.cu_seqlens_k = shapes.cache_seqlens = shapes.cache_leftpad = nullptr;
+  shapes.k_scale = shapes.v_scale = {};
   shapes.pages = {};
   bool has_work = false;
   Status status = prepare(shapes, is_empty(shapes), &has_work);

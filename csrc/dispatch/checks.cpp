@@ -1,5 +1,6 @@
 #include "checks.h"
 
+#include <cfloat>
 #include <string>
 
 namespace dca {
@@ -61,6 +62,44 @@ Status check_dtype(DType dtype) {
   return {};
 }
 
+Status check_scale(const char* name, float scale) {
+  // Written so that NaN is refused as well.
+  DCA_REFUSE_IF(!(scale > 0.0f && scale <= FLT_MAX), name, " must be finite and above 0; got ", scale);
+  return {};
+}
+
+Status check_cache_scale(const char* name, const CacheScale& scale, DType cache_dtype) {
+  DCA_REFUSE_IF(cache_dtype != DType::Float8E4M3 && (scale.data != nullptr || scale.value != 1.0f), name,
+                " must be left out for a cache that is not Float8E4M3; got one");
+  DCA_REFUSE_IF(scale.stride_head != 0 && scale.stride_head != 1, name,
+                " must have a stride_head of 0 (one scale for all heads) or 1; got ", scale.stride_head);
+  return check_scale(name, scale.value);
+}
+
+// The scales of a Float8E4M3 cache on the CPU, or copied from the device.
+Status check_scale_values(const char* name, const CacheScale& scale, int32_t num_heads_kv) {
+  if (scale.data == nullptr) return {};
+  for (int32_t head = 0; head < (scale.stride_head == 0 ? 1 : num_heads_kv); ++head) {
+    DCA_RETURN_IF_REFUSED(check_scale(name, scale.of(head)));
+  }
+  return {};
+}
+
+template <class Params>
+Status check_cache_format(const Params& p) {
+  const DType dtype = dtype_of_cache(p);
+  DCA_REFUSE_IF(dtype != p.dtype && dtype != DType::Float8E4M3, "cache_dtype must be Same or Float8E4M3; got ",
+                static_cast<int32_t>(p.cache_dtype));
+  DCA_RETURN_IF_REFUSED(check_cache_scale("k_scale", p.k_scale, dtype));
+  return check_cache_scale("v_scale", p.v_scale, dtype);
+}
+
+template <class Params>
+Status check_scale_values(const Params& p) {
+  DCA_RETURN_IF_REFUSED(check_scale_values("k_scale", p.k_scale, p.num_heads_kv));
+  return check_scale_values("v_scale", p.v_scale, p.num_heads_kv);
+}
+
 Status check_pages(const PageTable& pages, Device device, int64_t slots) {
   if (pages.page_table == nullptr) return {};
   DCA_REFUSE_IF(pages.page_size < 1, "page_size must be at least 1; got ", pages.page_size);
@@ -118,6 +157,15 @@ Status check_head_dim_vectors(int32_t head_dim, DType dtype) {
   return {};
 }
 
+// 16 bytes of the cache are more elements than 16 bytes of what it is read or written with.
+template <class Params>
+Status check_cache_vectors(const Params& p) {
+  if (dtype_of_cache(p) != DType::Float8E4M3) return {};
+  DCA_REFUSE_IF(p.head_dim % 16 != 0, "head_dim must be a multiple of 16 for a Float8E4M3 cache on CUDA; got ",
+                p.head_dim);
+  return {};
+}
+
 Status check_rotary_vectors(const RotaryTables& rotary, DType dtype) {
   // Where halves pair whole vectors, the tables are read four floats at a time.
   const bool paired = !rotary.interleaved && rotary.half_dim % static_cast<int32_t>(16 / element_size(dtype)) == 0;
@@ -131,7 +179,8 @@ Status check_cuda_shape(const AttentionParams& p) {
   DCA_REFUSE_IF(p.dtype == DType::Float32, "dtype must be BFloat16 or Float16 for attention on CUDA; got Float32");
   DCA_REFUSE_IF(p.head_dim > kLargestHeadDim, "head_dim must be at most ", kLargestHeadDim, " on CUDA; got ",
                 p.head_dim);
-  return check_head_dim_vectors(p.head_dim, p.dtype);
+  DCA_RETURN_IF_REFUSED(check_head_dim_vectors(p.head_dim, p.dtype));
+  return check_cache_vectors(p);
 }
 
 // --- Values, where the host may read them ---
@@ -184,6 +233,7 @@ int64_t rows_of(const int32_t* cu_seqlens, int32_t b, int32_t seqlen) {
 }
 
 Status check_values(const AttentionParams& p) {
+  DCA_RETURN_IF_REFUSED(check_scale_values(p));
   DCA_RETURN_IF_REFUSED(check_cu_seqlens("cu_seqlens_q", p.cu_seqlens_q, p.batch, p.total_q, p.seqlen_q));
   DCA_RETURN_IF_REFUSED(check_cu_seqlens("cu_seqlens_k", p.cu_seqlens_k, p.batch, p.total_k, p.seqlen_k));
   for (int32_t b = 0; b < p.batch; ++b) {
@@ -215,6 +265,7 @@ Status check_new_rows(const Params& p, int64_t capacity) {
 Status check_values(const RotateKeysParams& p) { return check_new_rows(p, INT32_MAX); }
 
 Status check_values(const AppendParams& p) {
+  DCA_RETURN_IF_REFUSED(check_scale_values(p));
   DCA_RETURN_IF_REFUSED(check_new_rows(p, p.cache_slots));
   for (int32_t b = 0; b < p.batch; ++b) {
     const int64_t before = p.cache_seqlens != nullptr ? p.cache_seqlens[b] : p.cache_seqlen;
@@ -228,6 +279,7 @@ Status check_values(const AppendParams& p) {
 Status check(const AttentionParams& p) {
   DCA_RETURN_IF_REFUSED(check_heads(p.num_heads, p.num_heads_kv, p.head_dim));
   DCA_RETURN_IF_REFUSED(check_common(p));
+  DCA_RETURN_IF_REFUSED(check_cache_format(p));
   DCA_RETURN_IF_REFUSED(check_pages(p.pages, p.exec.device, p.seqlen_k));
   DCA_REFUSE_IF(p.seqlen_q < 0 || p.seqlen_k < 0,
                 "seqlen_q and seqlen_k must not be negative; got seqlen_q=", p.seqlen_q, ", seqlen_k=", p.seqlen_k);
@@ -253,8 +305,11 @@ Status check(const AppendParams& p) {
   DCA_REFUSE_IF(p.seqlen_k < 0 || p.cache_slots < 0,
                 "seqlen_k and cache_slots must not be negative; got seqlen_k=", p.seqlen_k,
                 ", cache_slots=", p.cache_slots);
+  DCA_RETURN_IF_REFUSED(check_cache_format(p));
   DCA_RETURN_IF_REFUSED(check_pages(p.pages, p.exec.device, p.cache_slots));
-  return p.exec.device == Device::Cpu ? check_values(p) : check_head_dim_vectors(p.head_dim, p.dtype);
+  if (p.exec.device == Device::Cpu) return check_values(p);
+  DCA_RETURN_IF_REFUSED(check_head_dim_vectors(p.head_dim, p.dtype));
+  return check_cache_vectors(p);
 }
 
 Status check(const MergeParams& p) {
@@ -282,8 +337,8 @@ Status check_pointers(const AttentionParams& p) {
   }
   if (p.exec.device == Device::Cpu) return {};
   DCA_RETURN_IF_REFUSED(check_vectors("q", p.q.data, p.q.stride, p.dtype));
-  DCA_RETURN_IF_REFUSED(check_vectors("k", p.k.data, p.k.stride, p.dtype));
-  DCA_RETURN_IF_REFUSED(check_vectors("v", p.v.data, p.v.stride, p.dtype));
+  DCA_RETURN_IF_REFUSED(check_vectors("k", p.k.data, p.k.stride, dtype_of_cache(p)));
+  DCA_RETURN_IF_REFUSED(check_vectors("v", p.v.data, p.v.stride, dtype_of_cache(p)));
   DCA_RETURN_IF_REFUSED(check_vectors("out", p.out.data, p.out.stride, p.dtype));
   return check_rotary_vectors(p.rotary, p.dtype);
 }
@@ -305,8 +360,8 @@ Status check_pointers(const AppendParams& p) {
   if (p.exec.device == Device::Cpu) return {};
   DCA_RETURN_IF_REFUSED(check_vectors("k", p.k.data, p.k.stride, p.dtype));
   DCA_RETURN_IF_REFUSED(check_vectors("v", p.v.data, p.v.stride, p.dtype));
-  DCA_RETURN_IF_REFUSED(check_vectors("k_cache", p.k_cache.data, p.k_cache.stride, p.dtype));
-  DCA_RETURN_IF_REFUSED(check_vectors("v_cache", p.v_cache.data, p.v_cache.stride, p.dtype));
+  DCA_RETURN_IF_REFUSED(check_vectors("k_cache", p.k_cache.data, p.k_cache.stride, dtype_of_cache(p)));
+  DCA_RETURN_IF_REFUSED(check_vectors("v_cache", p.v_cache.data, p.v_cache.stride, dtype_of_cache(p)));
   return check_rotary_vectors(p.rotary, p.dtype);
 }
 

@@ -55,7 +55,8 @@ const AttentionInstance* find_instance(const AttentionParams& p, TileKind kind, 
   const AttentionInstance* best = nullptr;
   for (int32_t i = 0; i < kNumAttentionInstances; ++i) {
     const AttentionInstance& instance = kAttentionInstances[i];
-    const bool fits = instance.kind == kind && instance.dtype == p.dtype && instance.head_dim >= p.head_dim &&
+    const bool fits = instance.kind == kind && instance.dtype == p.dtype &&
+                      dtype_of_cache(instance) == dtype_of_cache(p) && instance.head_dim >= p.head_dim &&
                       is_wanted(instance) && can_run(instance, p, device);
     if (!fits) continue;
     const bool better = best == nullptr || instance.head_dim < best->head_dim ||
@@ -69,7 +70,8 @@ const AttentionInstance* find_instance(const AttentionParams& p, TileKind kind, 
 std::string name_of(const AttentionInstance& instance) {
   const std::string variant = *instance.variant == '\0' ? "" : ":" + std::string(instance.variant);
   return instance.architecture + variant + (instance.kind == TileKind::Prefill ? "/prefill" : "/decode") +
-         (instance.dtype == DType::BFloat16 ? "/bf16/" : "/fp16/") + std::to_string(instance.head_dim);
+         (instance.dtype == DType::BFloat16 ? "/bf16/" : "/fp16/") + std::to_string(instance.head_dim) +
+         (instance.cache_dtype == DType::Float8E4M3 ? "/e4m3" : "");
 }
 
 Status no_instance(const AttentionParams& p) {
@@ -77,6 +79,7 @@ Status no_instance(const AttentionParams& p) {
   for (int32_t i = 0; i < kNumAttentionInstances; ++i) built += (i > 0 ? ", " : "") + name_of(kAttentionInstances[i]);
   return {StatusCode::Unavailable, "this build of dca has no CUDA kernel for head_dim " + std::to_string(p.head_dim) +
                                        (p.dtype == DType::BFloat16 ? " in bfloat16" : " in float16") +
+                                       (dtype_of_cache(p) == p.dtype ? "" : " over a cache of float8_e4m3fn") +
                                        " and this layout of K and V; it has " + built};
 }
 

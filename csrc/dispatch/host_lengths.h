@@ -1,5 +1,5 @@
-// Copies on the host of what a CUDA call's device memory says about lengths, for DCA_CHECK=1: the checks of the CPU
-// then hold for CUDA too.
+// Copies on the host of what a CUDA call's device memory says about lengths and scales, for DCA_CHECK=1: the checks of
+// the CPU then hold for CUDA too.
 #pragma once
 
 #include <memory>
@@ -24,32 +24,42 @@ class HostLengths {
     return status_;
   }
 
-  /// The call as if it were one on the CPU; only its lengths and page table may be read.
+  /// The call as if it were one on the CPU; only its lengths, page table and scales may be read.
   const Params& params() const { return host_; }
 
  private:
   void fetch_more(const AttentionParams& device) {
     fetch(host_.cu_seqlens_q, static_cast<size_t>(device.batch) + 1);
-    fetch_pages(device.pages, device.batch);
+    fetch_cache(device);
   }
-  void fetch_more(const AppendParams& device) { fetch_pages(device.pages, device.batch); }
+  void fetch_more(const AppendParams& device) { fetch_cache(device); }
   void fetch_more(const RotateKeysParams&) {}
+
+  template <class CacheParams>
+  void fetch_cache(const CacheParams& device) {
+    fetch_pages(device.pages, device.batch);
+    for (CacheScale* scale : {&host_.k_scale, &host_.v_scale}) {
+      fetch(scale->data, scale->stride_head == 0 ? 1 : static_cast<size_t>(device.num_heads_kv));
+    }
+  }
 
   void fetch_pages(const PageTable& pages, int32_t batch) {
     if (pages.page_table == nullptr || batch == 0) return;
     fetch(host_.pages.page_table, static_cast<size_t>((batch - 1) * pages.stride_batch + pages.max_pages));
   }
 
-  void fetch(const int32_t*& pointer, size_t count) {
+  template <class T>
+  void fetch(const T*& pointer, size_t count) {
     if (pointer == nullptr || !status_.ok()) return;
-    copies_.push_back(std::make_unique<std::vector<int32_t>>(count));
-    if (count > 0) status_ = cuda::copy_to_host(copies_.back()->data(), pointer, count * sizeof(int32_t), stream_);
-    pointer = copies_.back()->data();
+    const auto copy = std::make_shared<std::vector<T>>(count);
+    if (count > 0) status_ = cuda::copy_to_host(copy->data(), pointer, count * sizeof(T), stream_);
+    pointer = copy->data();
+    copies_.push_back(copy);
   }
 
   Params host_;
   void* stream_ = nullptr;
-  std::vector<std::unique_ptr<std::vector<int32_t>>> copies_;
+  std::vector<std::shared_ptr<void>> copies_;
   Status status_;
 };
 

@@ -43,6 +43,7 @@ struct AttentionInstance {
   int32_t ctas_per_sm;  ///< by its shared memory and registers, on a device with 164 KB per SM
   bool persistent;      ///< its CTAs take tile after tile
   Status (*launch)(const AttentionParams& params, const AttentionPlan& plan);
+  DType cache_dtype = DType::Same;  ///< of K and V
 };
 
 /// All that this build has (generated from cmake/KernelInstances.cmake).

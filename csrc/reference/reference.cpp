@@ -23,10 +23,35 @@ int64_t cache_offset(const Strides& stride, const PageTable& pages, int32_t b, i
 }
 
 template <class Real>
-std::vector<Real> read_row(const void* data, DType dtype, int64_t offset, int32_t n) {
+std::vector<Real> read_row(const void* data, DType dtype, int64_t offset, int32_t n, double scale = 1.0) {
   std::vector<Real> row(static_cast<size_t>(n));
-  for (int32_t c = 0; c < n; ++c) row[c] = static_cast<Real>(read(data, dtype, offset + c));
+  for (int32_t c = 0; c < n; ++c) row[c] = static_cast<Real>(scale * read(data, dtype, offset + c));
   return row;
+}
+
+// --- Formats ---
+
+// A binary format: 1 sign bit, then exponent and mantissa.
+struct Format {
+  int mantissa_bits;
+  int bias;
+  int special_exponent;  // of infinities and NaN; e4m3 has none: its largest exponent holds numbers and one NaN
+  double largest;
+
+  int smallest_exponent() const { return 1 - bias; }
+};
+
+Format format_of(DType dtype) {
+  if (dtype == DType::BFloat16) return {7, 127, 255, std::ldexp(255.0, 120)};
+  if (dtype == DType::Float16) return {10, 15, 31, 65504.0};
+  return {3, 7, 16, 448.0};
+}
+
+constexpr int kE4M3NaN = 0x7f;
+
+int64_t bits_of(const void* data, DType dtype, int64_t index) {
+  if (dtype == DType::Float8E4M3) return static_cast<const uint8_t*>(data)[index];
+  return static_cast<const uint16_t*>(data)[index];
 }
 
 // --- Rotation ---
@@ -83,16 +108,16 @@ double logit_factor(const AttentionParams& p, const Sequence& sequence, int32_t 
   return p.softmax_scale * temperature;
 }
 
-// All keys, or all values, of one sequence and KV head, in logical order.
+// All keys, or all values, of one sequence and KV head, in logical order; what their elements stand for.
 template <class Real>
 std::vector<std::vector<Real>> read_cache(const AttentionParams& p, const ConstTensorRef& cache,
-                                          const Sequence& sequence, int32_t b, int32_t head) {
+                                          const CacheScale& scale, const Sequence& sequence, int32_t b, int32_t head) {
   std::vector<std::vector<Real>> rows;
   for (int64_t j = 0; j < sequence.kv_len; ++j) {
     const int64_t slot = sequence.leftpad + j;
     const int64_t offset = sequence.ragged_k ? offset_of(cache.stride, 0, sequence.k_begin + slot, head)
                                              : cache_offset(cache.stride, p.pages, b, slot, head);
-    rows.push_back(read_row<Real>(cache.data, p.dtype, offset, p.head_dim));
+    rows.push_back(read_row<Real>(cache.data, dtype_of_cache(p), offset, p.head_dim, scale.of(head)));
   }
   return rows;
 }
@@ -149,8 +174,8 @@ AttentionResult attend(const AttentionParams& p, Round round) {
     const Sequence sequence(p, b);
     const Real factor = static_cast<Real>(logit_factor(p, sequence, b));
     for (int32_t kv_head = 0; kv_head < p.num_heads_kv; ++kv_head) {
-      const auto keys = read_cache<Real>(p, p.k, sequence, b, kv_head);
-      const auto values = read_cache<Real>(p, p.v, sequence, b, kv_head);
+      const auto keys = read_cache<Real>(p, p.k, p.k_scale, sequence, b, kv_head);
+      const auto values = read_cache<Real>(p, p.v, p.v_scale, sequence, b, kv_head);
       const int32_t group = p.num_heads / p.num_heads_kv;
       for (int32_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
         for (int64_t r = 0; r < sequence.seqlen_q; ++r) {
@@ -234,33 +259,35 @@ int64_t query_position(int64_t i, Segment segment, ChunkGeometry chunk) {
 
 double read(const void* data, DType dtype, int64_t index) {
   if (dtype == DType::Float32) return static_cast<const float*>(data)[index];
-  const uint16_t bits = static_cast<const uint16_t*>(data)[index];
-  const int mantissa_bits = dtype == DType::BFloat16 ? 7 : 10;
-  const int largest_exponent = dtype == DType::BFloat16 ? 255 : 31;
-  const int bias = largest_exponent / 2;
-  const int exponent = (bits & 0x7fff) >> mantissa_bits;
-  const int mantissa = bits & ((1 << mantissa_bits) - 1);
+  const Format format = format_of(dtype);
+  const int64_t bits = bits_of(data, dtype, index);
+  const int64_t sign = int64_t{1} << (static_cast<int>(element_size(dtype)) * 8 - 1);
+  const int exponent = static_cast<int>((bits & (sign - 1)) >> format.mantissa_bits);
+  const int mantissa = static_cast<int>(bits & ((1 << format.mantissa_bits) - 1));
   double x;
-  if (exponent == largest_exponent) {
+  if (exponent == format.special_exponent) {
     x = mantissa == 0 ? kInfinity : std::numeric_limits<double>::quiet_NaN();
+  } else if (dtype == DType::Float8E4M3 && (bits & (sign - 1)) == kE4M3NaN) {
+    x = std::numeric_limits<double>::quiet_NaN();
   } else if (exponent == 0) {
-    x = std::ldexp(mantissa, 1 - bias - mantissa_bits);
+    x = std::ldexp(mantissa, format.smallest_exponent() - format.mantissa_bits);
   } else {
-    x = std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
+    x = std::ldexp(mantissa + (1 << format.mantissa_bits), exponent - format.bias - format.mantissa_bits);
   }
-  return (bits & 0x8000) != 0 ? -x : x;
+  return (bits & sign) != 0 ? -x : x;
 }
 
 double round_to(double x, DType dtype) {
   if (dtype == DType::Float32) return static_cast<float>(x);
-  if (x == 0.0 || !std::isfinite(x)) return x;
-  const int mantissa_bits = dtype == DType::BFloat16 ? 7 : 10;
-  const int smallest_exponent = dtype == DType::BFloat16 ? -126 : -14;
-  const int exponent = std::max(std::ilogb(x), smallest_exponent);  // below: subnormal numbers, equally spaced
-  const double spacing = std::ldexp(1.0, exponent - mantissa_bits);
+  if (x == 0.0 || std::isnan(x)) return x;
+  const Format format = format_of(dtype);
+  const bool saturates = dtype == DType::Float8E4M3;  // it has no infinity
+  if (std::isinf(x)) return saturates ? std::copysign(format.largest, x) : x;
+  const int exponent = std::max(std::ilogb(x), format.smallest_exponent());  // below: subnormal, equally spaced
+  const double spacing = std::ldexp(1.0, exponent - format.mantissa_bits);
   const double rounded = std::nearbyint(x / spacing) * spacing;
-  const double limit = std::ldexp(1.0, dtype == DType::BFloat16 ? 128 : 16);
-  return std::fabs(rounded) >= limit ? std::copysign(kInfinity, x) : rounded;
+  if (std::fabs(rounded) <= format.largest) return rounded;
+  return std::copysign(saturates ? format.largest : kInfinity, x);
 }
 
 void write(void* data, DType dtype, int64_t index, double value) {
@@ -268,21 +295,27 @@ void write(void* data, DType dtype, int64_t index, double value) {
     static_cast<float*>(data)[index] = static_cast<float>(value);
     return;
   }
-  const int mantissa_bits = dtype == DType::BFloat16 ? 7 : 10;
-  const int largest_exponent = dtype == DType::BFloat16 ? 255 : 31;
-  const int bias = largest_exponent / 2;
+  const Format format = format_of(dtype);
   const double x = std::fabs(round_to(value, dtype));
   int bits;
   if (std::isnan(x)) {
-    bits = (largest_exponent << mantissa_bits) + (1 << (mantissa_bits - 1));
+    bits = dtype == DType::Float8E4M3
+               ? kE4M3NaN
+               : (format.special_exponent << format.mantissa_bits) + (1 << (format.mantissa_bits - 1));
   } else if (std::isinf(x)) {
-    bits = largest_exponent << mantissa_bits;
+    bits = format.special_exponent << format.mantissa_bits;
   } else {
-    const int exponent = x == 0.0 ? 1 - bias : std::max(std::ilogb(x), 1 - bias);
-    const int significand = static_cast<int>(std::ldexp(x, mantissa_bits - exponent));  // with the leading 1, if normal
-    bits = significand + ((exponent + bias - 1) << mantissa_bits);
+    const int exponent = x == 0.0 ? format.smallest_exponent() : std::max(std::ilogb(x), format.smallest_exponent());
+    // With the leading 1, if normal.
+    const int significand = static_cast<int>(std::ldexp(x, format.mantissa_bits - exponent));
+    bits = significand + ((exponent + format.bias - 1) << format.mantissa_bits);
   }
-  static_cast<uint16_t*>(data)[index] = static_cast<uint16_t>(bits | (std::signbit(value) ? 0x8000 : 0));
+  const bool negative = std::signbit(value);
+  if (dtype == DType::Float8E4M3) {
+    static_cast<uint8_t*>(data)[index] = static_cast<uint8_t>(bits | (negative ? 0x80 : 0));
+  } else {
+    static_cast<uint16_t*>(data)[index] = static_cast<uint16_t>(bits | (negative ? 0x8000 : 0));
+  }
 }
 
 // --- The operators ---
@@ -306,11 +339,18 @@ std::vector<double> rotate_keys(const RotateKeysParams& p) {
 
 std::vector<AppendedRow> rotate_and_append_kv(const AppendParams& p) {
   std::vector<AppendedRow> rows;
+  const auto stored = [&](std::vector<double> row, double scale) {
+    if (dtype_of_cache(p) != DType::Float8E4M3) return row;
+    const double largest = format_of(DType::Float8E4M3).largest;
+    for (double& x : row) x = std::isnan(x) ? x : std::clamp(x / scale, -largest, largest);
+    return row;
+  };
   for_each_new_row(p, [&](const NewRow& at) {
     const int64_t value = offset_of(p.v.stride, at.batch, at.row, at.head);
-    rows.push_back({cache_offset(p.k_cache.stride, p.pages, at.b, at.slot, at.head),
-                    cache_offset(p.v_cache.stride, p.pages, at.b, at.slot, at.head), rotated_key(p, at),
-                    read_row<double>(p.v.data, p.dtype, value, p.head_dim)});
+    rows.push_back({at.head, cache_offset(p.k_cache.stride, p.pages, at.b, at.slot, at.head),
+                    cache_offset(p.v_cache.stride, p.pages, at.b, at.slot, at.head),
+                    stored(rotated_key(p, at), p.k_scale.of(at.head)),
+                    stored(read_row<double>(p.v.data, p.dtype, value, p.head_dim), p.v_scale.of(at.head))});
   });
   return rows;
 }

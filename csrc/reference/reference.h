@@ -23,7 +23,7 @@ int64_t query_position(int64_t i, Segment segment, ChunkGeometry chunk);
 double read(const void* data, DType dtype, int64_t index);
 void write(void* data, DType dtype, int64_t index, double value);
 
-/// x as the nearest number of dtype, ties to even.
+/// x as the nearest number of dtype, ties to even; Float8E4M3, which has no infinity, ends at +-448.
 double round_to(double x, DType dtype);
 
 // --- The operators ---
@@ -42,8 +42,9 @@ AttentionResult attention_baseline(const AttentionParams& params);
 /// (rows of k, num_heads_kv, head_dim), contiguous.
 std::vector<double> rotate_keys(const RotateKeysParams& params);
 
-/// What one new row of one head is in the caches, and where: offsets in elements.
+/// What one new row of one head is in the caches, before rounding, and where: offsets in elements.
 struct AppendedRow {
+  int32_t head;
   int64_t k_offset;
   int64_t v_offset;
   std::vector<double> key;

@@ -25,7 +25,8 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor rotary
                                      OptionalTensor cu_seqlens_q, int64_t max_seqlen_q, OptionalTensor cu_seqlens_k,
                                      int64_t max_seqlen_k, OptionalTensor cache_seqlens, int64_t cache_seqlen,
                                      bool lengths_before_append, OptionalTensor cache_leftpad, OptionalTensor pages,
-                                     double softmax_scale, OptionalTensor temperature,
+                                     OptionalTensor k_scale, double k_scale_value, OptionalTensor v_scale,
+                                     double v_scale_value, double softmax_scale, OptionalTensor temperature,
                                      int64_t original_max_position_embeddings, int64_t num_splits, bool interleaved,
                                      bool return_lse) {
   const bool ragged_q = cu_seqlens_q.has_value();
@@ -35,8 +36,9 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor rotary
   p.exec = scope.execution();
   p.dtype = dtype_of("q", q);
   check_like("q", q, q, ragged_q ? 3 : 4);
-  check_like("k (or k_cache)", k, q, ragged_k ? 3 : 4);
-  check_like("v (or v_cache)", v, q, ragged_k ? 3 : 4);
+  p.cache_dtype = check_cache("k (or k_cache)", k, q, ragged_k ? 3 : 4);
+  check_cache("v (or v_cache)", v, q, ragged_k ? 3 : 4);
+  check_same_cache_dtype("v (or v_cache)", v, k);
   const int64_t q_heads = q.dim() - 2;
   const int64_t k_heads = k.dim() - 2;
   const int64_t batch = ragged_q ? cu_seqlens_q->size(0) - 1 : q.size(0);
@@ -71,6 +73,8 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor rotary
   p.q = const_ref(q);
   p.k = const_ref(k);
   p.v = const_ref(v);
+  p.k_scale = cache_scale("k_scale", k_scale, k_scale_value, q, p.num_heads_kv);
+  p.v_scale = cache_scale("v_scale", v_scale, v_scale_value, q, p.num_heads_kv);
   p.cu_seqlens_q = int32_vector("cu_seqlens_q", cu_seqlens_q, q, batch + 1);
   p.cu_seqlens_k = int32_vector("cu_seqlens_k", cu_seqlens_k, q, batch + 1);
   p.cache_seqlens = int32_vector("cache_seqlens", cache_seqlens, q, batch);
@@ -150,14 +154,16 @@ Tensor rotate_keys(Tensor k, Tensor rotary_cos, Tensor rotary_sin, int64_t chunk
 void rotate_and_append_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor rotary_cos, Tensor rotary_sin,
                           int64_t chunk_len, int64_t max_position, OptionalTensor cu_seqlens, int64_t max_seqlen,
                           OptionalTensor cache_seqlens, int64_t cache_seqlen, OptionalTensor cache_leftpad,
-                          OptionalTensor pages, bool interleaved) {
+                          OptionalTensor pages, OptionalTensor k_scale, double k_scale_value, OptionalTensor v_scale,
+                          double v_scale_value, bool interleaved) {
   const DeviceScope scope(k);
   AppendParams p;
   fill_new_rows(p, scope, k, rotary_cos, rotary_sin, chunk_len, max_position, cu_seqlens, max_seqlen, cache_seqlens,
                 cache_seqlen, cache_leftpad, interleaved);
   check_like("v", v, k, k.dim());
-  check_like("k_cache", k_cache, k, 4);
-  check_like("v_cache", v_cache, k, 4);
+  p.cache_dtype = check_cache("k_cache", k_cache, k, 4);
+  check_cache("v_cache", v_cache, k, 4);
+  check_same_cache_dtype("v_cache", v_cache, k_cache);
   if (k.dim() == 4) {
     check_shape("v", v, {k.size(0), k.size(1), k.size(2), k.size(3)});
   } else {
@@ -169,6 +175,8 @@ void rotate_and_append_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Te
   p.v = const_ref(v);
   p.k_cache = ref(k_cache);
   p.v_cache = ref(v_cache);
+  p.k_scale = cache_scale("k_scale", k_scale, k_scale_value, k, p.num_heads_kv);
+  p.v_scale = cache_scale("v_scale", v_scale, v_scale_value, k, p.num_heads_kv);
   p.pages = page_table(pages, k_cache, k, p.batch);
   p.cache_slots =
       to_int32("the slots of a sequence",
@@ -235,7 +243,8 @@ STABLE_TORCH_LIBRARY(dca_ext, m) {
       "attention(Tensor q, Tensor k, Tensor v, Tensor rotary_cos, Tensor rotary_sin, SymInt chunk_len, "
       "SymInt max_position, int segment, Tensor? cu_seqlens_q, SymInt max_seqlen_q, Tensor? cu_seqlens_k, "
       "SymInt max_seqlen_k, Tensor? cache_seqlens, SymInt cache_seqlen, bool lengths_before_append, "
-      "Tensor? cache_leftpad, Tensor? page_table, float softmax_scale, Tensor? temperature, "
+      "Tensor? cache_leftpad, Tensor? page_table, Tensor? k_scale, float k_scale_value, Tensor? v_scale, "
+      "float v_scale_value, float softmax_scale, Tensor? temperature, "
       "SymInt original_max_position_embeddings, int num_splits, bool interleaved, bool return_lse) -> (Tensor, "
       "Tensor)");
   m.def(
@@ -245,7 +254,8 @@ STABLE_TORCH_LIBRARY(dca_ext, m) {
   m.def(
       "rotate_and_append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rotary_cos, "
       "Tensor rotary_sin, SymInt chunk_len, SymInt max_position, Tensor? cu_seqlens, SymInt max_seqlen, "
-      "Tensor? cache_seqlens, SymInt cache_seqlen, Tensor? cache_leftpad, Tensor? page_table, bool interleaved) -> ()");
+      "Tensor? cache_seqlens, SymInt cache_seqlen, Tensor? cache_leftpad, Tensor? page_table, Tensor? k_scale, "
+      "float k_scale_value, Tensor? v_scale, float v_scale_value, bool interleaved) -> ()");
   m.def("merge_attention_states(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)");
 }
 

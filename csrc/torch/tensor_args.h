@@ -74,11 +74,7 @@ inline void check_shape(const char* name, const Tensor& t, std::initializer_list
   if (!same) refuse(std::string(name) + " must have shape " + wanted + "); got " + shape_of(t));
 }
 
-/// Like `q` in dtype and device, `dims` dimensions, the last of them contiguous.
-inline void check_like(const char* name, const Tensor& t, const Tensor& q, int64_t dims) {
-  check_same_device(name, t, q);
-  if (t.scalar_type() != q.scalar_type())
-    refuse(std::string(name) + " must have the dtype of the queries or keys; got another");
+inline void check_rows(const char* name, const Tensor& t, int64_t dims) {
   if (t.dim() != dims) {
     refuse(std::string(name) + " must have " + std::to_string(dims) + " dimensions; got shape " + shape_of(t));
   }
@@ -86,6 +82,28 @@ inline void check_like(const char* name, const Tensor& t, const Tensor& q, int64
     refuse(std::string(name) + " must be contiguous in its last dimension; got stride " +
            std::to_string(t.stride(dims - 1)));
   }
+}
+
+/// Like `q` in dtype and device, `dims` dimensions, the last of them contiguous.
+inline void check_like(const char* name, const Tensor& t, const Tensor& q, int64_t dims) {
+  check_same_device(name, t, q);
+  if (t.scalar_type() != q.scalar_type())
+    refuse(std::string(name) + " must have the dtype of the queries or keys; got another");
+  check_rows(name, t, dims);
+}
+
+/// The same for a cache, which may hold float8_e4m3fn instead. Returns what it holds.
+inline DType check_cache(const char* name, const Tensor& t, const Tensor& q, int64_t dims) {
+  check_same_device(name, t, q);
+  const bool same = t.scalar_type() == q.scalar_type();
+  if (!same && t.scalar_type() != ScalarType::Float8_e4m3fn)
+    refuse(std::string(name) + " must have the dtype of the queries or keys, or float8_e4m3fn; got another");
+  check_rows(name, t, dims);
+  return same ? DType::Same : DType::Float8E4M3;
+}
+
+inline void check_same_cache_dtype(const char* name, const Tensor& t, const Tensor& k) {
+  if (t.scalar_type() != k.scalar_type()) refuse(std::string(name) + " must have the dtype of k_cache; got another");
 }
 
 /// (batch, seqlen, heads, head_dim), or (total, heads, head_dim) without a batch stride. What a view calls the stride
@@ -116,6 +134,25 @@ inline const float* float_vector(const char* name, const OptionalTensor& t, cons
   check_shape(name, *t, {size});
   if (!t->is_contiguous()) refuse(std::string(name) + " must be contiguous");
   return static_cast<const float*>(t->const_data_ptr());
+}
+
+/// Scales of a cache: float32 (num_heads_kv), or one for all heads, (1) or (); `value` if absent.
+inline CacheScale cache_scale(const char* name, const OptionalTensor& t, double value, const Tensor& q,
+                              int64_t num_heads_kv) {
+  CacheScale scale;
+  scale.value = static_cast<float>(value);
+  if (!t.has_value()) return scale;
+  check_same_device(name, *t, q);
+  if (t->scalar_type() != ScalarType::Float) refuse(std::string(name) + " must be float32; got another dtype");
+  const bool one = t->dim() == 0 || (t->dim() == 1 && t->size(0) == 1);
+  if (!one && (t->dim() != 1 || t->size(0) != num_heads_kv)) {
+    refuse(std::string(name) + " must have shape (), (1) or (num_heads_kv) = (" + std::to_string(num_heads_kv) +
+           "); got " + shape_of(*t));
+  }
+  if (!one && !t->is_contiguous()) refuse(std::string(name) + " must be contiguous");
+  scale.data = static_cast<const float*>(t->const_data_ptr());
+  scale.stride_head = one ? 0 : 1;
+  return scale;
 }
 
 inline RotaryTables rotary_tables(const Tensor& cos, const Tensor& sin, const Tensor& q, bool interleaved) {

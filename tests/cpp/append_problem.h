@@ -17,6 +17,8 @@ inline constexpr double kLargestInput = 6.0;  // of a few thousand normal number
 
 struct AppendShape {
   DType dtype = DType::Float32;
+  DType cache_dtype = DType::Same;
+  Scales scales = Scales::None;
   ChunkGeometry chunk{16, 23};
   int32_t num_heads_kv = 2;
   int32_t head_dim = 64;
@@ -35,6 +37,7 @@ struct AppendProblem {
   std::vector<int32_t> page_table;
   Tables tables;
   Tensor k, v, k_cache, v_cache;
+  std::vector<float> k_scales, v_scales;
   AppendParams p;
 
   explicit AppendProblem(const AppendShape& s) : shape(s) {
@@ -47,6 +50,9 @@ struct AppendProblem {
     k.randomize(random);
     v.randomize(random);
     p.dtype = s.dtype;
+    p.cache_dtype = s.cache_dtype;
+    p.k_scale = make_scale(s.scales, s.num_heads_kv, 0, k_scales);
+    p.v_scale = make_scale(s.scales, s.num_heads_kv, 1, v_scales);
     p.chunk = s.chunk;
     p.batch = batch;
     p.num_heads_kv = s.num_heads_kv;
@@ -76,7 +82,7 @@ struct AppendProblem {
       std::iota(page_table.rbegin(), page_table.rend(), 0);  // the last page first
       p.pages = {page_table.data(), pages, pages, shape.page_size, blocks};
     }
-    k_cache = v_cache = Tensor(shape.dtype, blocks, rows, shape.num_heads_kv, shape.head_dim);
+    k_cache = v_cache = Tensor(dtype_of_cache(shape), blocks, rows, shape.num_heads_kv, shape.head_dim);
     p.cache_slots = shape.page_size > 0 ? p.pages.max_pages * shape.page_size : kSlots;
     p.k_cache = k_cache.mutable_ref();
     p.v_cache = v_cache.mutable_ref();
@@ -85,7 +91,7 @@ struct AppendProblem {
   HostBuffers buffers() const {
     return {buffer_of(k.bytes()),      buffer_of(v.bytes()),  buffer_of(k_cache.bytes()), buffer_of(v_cache.bytes()),
             buffer_of(tables.cos),     buffer_of(tables.sin), buffer_of(cu_seqlens),      buffer_of(shape.before),
-            buffer_of(shape.leftpads), buffer_of(page_table)};
+            buffer_of(shape.leftpads), buffer_of(page_table), buffer_of(k_scales),        buffer_of(v_scales)};
   }
 
   // The caches hold NaN everywhere at first, so a stray write shows as a number in a place that no row owns.
@@ -101,8 +107,13 @@ struct AppendProblem {
         k_cache.set(row.k_offset + c, NAN);
         v_cache.set(row.v_offset + c, NAN);
       }
-      ASSERT_TRUE(accepted(error_rule::rotation(key, row.key, kLargestInput, p.dtype)));
-      ASSERT_EQ(value, row.value) << "values are copied as they are";
+      const DType dtype = dtype_of_cache(p);
+      ASSERT_TRUE(accepted(error_rule::rotation(key, row.key, kLargestInput / p.k_scale.of(row.head), dtype)));
+      if (dtype == p.dtype) {
+        ASSERT_EQ(value, row.value) << "values are copied as they are";
+      } else {
+        ASSERT_TRUE(accepted(error_rule::rotation(value, row.value, kLargestInput / p.v_scale.of(row.head), dtype)));
+      }
     }
     for (const Tensor* cache : {&k_cache, &v_cache}) {
       ASSERT_TRUE(cache->gaps_are_nan());

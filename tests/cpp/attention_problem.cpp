@@ -30,10 +30,12 @@ void Tensor::fill_with_nan() {
   for (size_t i = 0; i < bytes_.size() / element_size(dtype_); ++i) set(static_cast<int64_t>(i), kNaN);
 }
 
-void Tensor::randomize_row(std::mt19937& random, int64_t batch, int64_t row) {
+void Tensor::randomize_row(std::mt19937& random, int64_t batch, int64_t row) { randomize_row(random, batch, row, {}); }
+
+void Tensor::randomize_row(std::mt19937& random, int64_t batch, int64_t row, const CacheScale& scale) {
   std::normal_distribution<double> normal;
   for (int32_t head = 0; head < heads_; ++head) {
-    for (int32_t c = 0; c < dim_; ++c) set(offset(batch, row, head) + c, normal(random));
+    for (int32_t c = 0; c < dim_; ++c) set(offset(batch, row, head) + c, normal(random) / scale.of(head));
   }
 }
 
@@ -76,10 +78,29 @@ Tables::Tables(int64_t num_positions, int32_t half_dim, double base, double scal
   if (half_dim == 0) cos = sin = {0.0f};  // a pointer that is not null
 }
 
+CacheScale make_scale(Scales kind, int32_t num_heads_kv, int32_t which, std::vector<float>& memory) {
+  CacheScale scale;
+  if (kind == Scales::None) return scale;
+  // 448 of the smallest is what a normal number seldom reaches; some of the elements are subnormal.
+  for (int32_t head = 0; head < num_heads_kv; ++head) {
+    memory.push_back((which == 0 ? 0.011f : 0.17f) * static_cast<float>(1 + 5 * head));
+  }
+  if (kind == Scales::Number) {
+    scale.value = memory[0];
+    memory.clear();
+    return scale;
+  }
+  if (kind == Scales::PerTensor) memory.resize(1);
+  scale.data = memory.data();
+  scale.stride_head = kind == Scales::PerHead ? 1 : 0;
+  return scale;
+}
+
 std::string to_string(const ProblemShape& shape) {
   std::ostringstream text;
-  text << "dtype " << static_cast<int>(shape.dtype) << ", head_dim " << shape.head_dim << ", heads " << shape.num_heads
-       << "/" << shape.num_heads_kv << ", n " << shape.chunk.chunk_len << ", P " << shape.chunk.max_position
+  text << "dtype " << static_cast<int>(shape.dtype) << ", cache " << static_cast<int>(shape.cache_dtype) << ", scales "
+       << static_cast<int>(shape.scales) << ", head_dim " << shape.head_dim << ", heads " << shape.num_heads << "/"
+       << shape.num_heads_kv << ", n " << shape.chunk.chunk_len << ", P " << shape.chunk.max_position
        << (shape.ragged_q ? ", ragged q" : "")
        << (shape.keys == KeyLayout::Slots   ? ""
            : shape.keys == KeyLayout::Paged ? ", paged"
@@ -96,6 +117,8 @@ AttentionProblem::AttentionProblem(const ProblemShape& shape) : shape_(shape) {
   if (shape_.q_lens.empty()) shape_.q_lens = shape_.kv_lens;
   if (shape_.half_rotary_dim < 0) shape_.half_rotary_dim = shape_.head_dim / 2;
   tables_ = Tables(shape_.chunk.max_position + 1, shape_.half_rotary_dim);
+  k_scale_ = make_scale(shape_.scales, shape_.num_heads_kv, 0, k_scales_);
+  v_scale_ = make_scale(shape_.scales, shape_.num_heads_kv, 1, v_scales_);
   std::mt19937 random(shape_.seed);
   build_queries(random);
   build_keys(random);
@@ -131,7 +154,7 @@ void AttentionProblem::build_keys(std::mt19937& random) {
     build_pages(random);
   } else {
     const int64_t rows = ragged ? cu_seqlens_k_.back() : slots_;
-    k_ = v_ = Tensor(shape_.dtype, ragged ? 1 : batch, rows, shape_.num_heads_kv, shape_.head_dim);
+    k_ = v_ = Tensor(dtype_of_cache(shape_), ragged ? 1 : batch, rows, shape_.num_heads_kv, shape_.head_dim);
   }
   for (size_t b = 0; b < batch; ++b) {
     for (int64_t slot = leftpad(b); slot < cache_seqlens_[b]; ++slot) {
@@ -141,8 +164,8 @@ void AttentionProblem::build_keys(std::mt19937& random) {
         block = page_table_[b * max_pages_ + slot / shape_.page_size];
         row = slot % shape_.page_size;
       }
-      k_.randomize_row(random, block, row);
-      v_.randomize_row(random, block, row);
+      k_.randomize_row(random, block, row, k_scale_);
+      v_.randomize_row(random, block, row, v_scale_);
     }
   }
 }
@@ -162,7 +185,7 @@ void AttentionProblem::build_pages(std::mt19937& random) {
       page_table_.push_back(used ? order[b * static_cast<size_t>(max_pages_) + page] : kHugePage);
     }
   }
-  k_ = v_ = Tensor(shape_.dtype, num_pages_, shape_.page_size, shape_.num_heads_kv, shape_.head_dim);
+  k_ = v_ = Tensor(dtype_of_cache(shape_), num_pages_, shape_.page_size, shape_.num_heads_kv, shape_.head_dim);
 }
 
 void AttentionProblem::forget_results() {
@@ -175,6 +198,7 @@ AttentionParams AttentionProblem::params() {
   forget_results();
   AttentionParams p;
   p.dtype = shape_.dtype;
+  p.cache_dtype = shape_.cache_dtype;
   p.chunk = shape_.chunk;
   p.batch = batch;
   p.num_heads = shape_.num_heads;
@@ -185,6 +209,8 @@ AttentionParams AttentionProblem::params() {
   p.q = q_.ref();
   p.k = k_.ref();
   p.v = v_.ref();
+  p.k_scale = k_scale_;
+  p.v_scale = v_scale_;
   p.out = out_.mutable_ref();
   p.lse = lse_.data();
   if (shape_.ragged_q) {
@@ -215,7 +241,8 @@ AttentionParams AttentionProblem::params() {
 HostBuffers AttentionProblem::buffers() const {
   return {buffer_of(q_.bytes()),    buffer_of(k_.bytes()),     buffer_of(v_.bytes()),  buffer_of(out_.bytes()),
           buffer_of(lse_),          buffer_of(tables_.cos),    buffer_of(tables_.sin), buffer_of(cu_seqlens_q_),
-          buffer_of(cu_seqlens_k_), buffer_of(cache_seqlens_), buffer_of(page_table_), buffer_of(shape_.leftpads)};
+          buffer_of(cu_seqlens_k_), buffer_of(cache_seqlens_), buffer_of(page_table_), buffer_of(shape_.leftpads),
+          buffer_of(k_scales_),     buffer_of(v_scales_)};
 }
 
 ::testing::AssertionResult AttentionProblem::matches_reference(AttentionParams params,

@@ -30,6 +30,8 @@ class Tensor {
   void fill_with_nan();
   void randomize(std::mt19937& random);
   void randomize_row(std::mt19937& random, int64_t batch, int64_t row);
+  /// The same, for elements that stand for themselves times a scale.
+  void randomize_row(std::mt19937& random, int64_t batch, int64_t row, const CacheScale& scale);
 
   ConstTensorRef ref() const { return {bytes_.data(), stride_}; }
   TensorRef mutable_ref() { return {bytes_.data(), stride_}; }
@@ -66,8 +68,16 @@ struct Tables {
 
 enum class KeyLayout { Slots, Ragged, Paged };
 
+/// Scales of a Float8E4M3 cache.
+enum class Scales { None, Number, PerTensor, PerHead };
+
+/// Scales for K (which 0) or V (which 1) of num_heads_kv heads, in `memory`; no two are equal.
+CacheScale make_scale(Scales kind, int32_t num_heads_kv, int32_t which, std::vector<float>& memory);
+
 struct ProblemShape {
   DType dtype = DType::Float32;
+  DType cache_dtype = DType::Same;
+  Scales scales = Scales::None;
   int32_t head_dim = 64;
   int32_t num_heads = 4;
   int32_t num_heads_kv = 2;
@@ -126,6 +136,10 @@ class AttentionProblem {
   Tensor v_;
   Tensor out_;
   std::vector<float> lse_;
+  std::vector<float> k_scales_;
+  std::vector<float> v_scales_;
+  CacheScale k_scale_;
+  CacheScale v_scale_;
   std::vector<int32_t> cu_seqlens_q_ = {0};
   std::vector<int32_t> cu_seqlens_k_ = {0};
   std::vector<int32_t> cache_seqlens_;

@@ -15,10 +15,16 @@
 
 namespace dca {
 
-enum class DType : int32_t { Float32 = 0, BFloat16 = 1, Float16 = 2 };
+enum class DType : int32_t {
+  Same = -1,  ///< of a cache: as the other tensors of the call
+  Float32 = 0,
+  BFloat16 = 1,
+  Float16 = 2,
+  Float8E4M3 = 3,  ///< of a cache only: 4 exponent bits, 3 mantissa bits, up to 448, NaN but no infinity
+};
 enum class Device : int32_t { Cpu = 0, Cuda = 1 };
 
-constexpr size_t element_size(DType dtype) { return dtype == DType::Float32 ? 4 : 2; }
+constexpr size_t element_size(DType dtype) { return dtype == DType::Float32 ? 4 : dtype == DType::Float8E4M3 ? 1 : 2; }
 
 /// Where element (b, s, h, d) lies: data + b * batch + s * row + h * head + d. Ragged tensors ignore `batch`; in a
 /// paged cache b is the page and s the slot within it.
@@ -36,6 +42,15 @@ struct ConstTensorRef {
 struct TensorRef {
   void* data = nullptr;  ///< (device)
   Strides stride;
+};
+
+/// What the elements of a cache of 8-bit numbers stand for: x in KV head h means x * scale(h).
+struct CacheScale {
+  float value = 1.0f;           ///< of every head, if data is null
+  const float* data = nullptr;  ///< (num_heads_kv), or one for all heads (device)
+  int64_t stride_head = 0;      ///< 1, or 0: data has one scale for all heads
+
+  DCA_HOST_DEVICE constexpr float of(int32_t head) const { return data != nullptr ? data[head * stride_head] : value; }
 };
 
 /// Rotary tables. Row p holds cos and sin of position p, a scale included if the model's frequencies come with one.
@@ -76,7 +91,8 @@ struct Execution {
 /// a negative position, and one that sees no key, gives out = 0 and lse = -inf.
 struct AttentionParams {
   Execution exec;
-  DType dtype = DType::Float32;  ///< of q, k, v and out
+  DType dtype = DType::Float32;     ///< of q and out
+  DType cache_dtype = DType::Same;  ///< of k and v: Same or Float8E4M3
   ChunkGeometry chunk;
   SegmentSelection segments = SegmentSelection::All;
 
@@ -92,6 +108,8 @@ struct AttentionParams {
   ConstTensorRef q;      ///< (batch, seqlen_q, num_heads, head_dim) or (total_q, num_heads, head_dim)
   ConstTensorRef k;      ///< (batch, seqlen_k, num_heads_kv, head_dim), ragged, or pages
   ConstTensorRef v;      ///< as k
+  CacheScale k_scale;    ///< of a Float8E4M3 k
+  CacheScale v_scale;    ///< of a Float8E4M3 v
   TensorRef out;         ///< as q
   float* lse = nullptr;  ///< (batch, num_heads, seqlen_q) or (num_heads, total_q), contiguous; may be null (device)
 
@@ -140,9 +158,11 @@ struct RotateKeysParams {
 };
 
 /// Writes k, rotated as in RotateKeysParams, and v into the caches, row r of sequence b into slot cache_seqlens[b] + r.
+/// A Float8E4M3 cache takes x / scale, rounded once to nearest even; what is too large becomes 448, and NaN stays NaN.
 struct AppendParams {
   Execution exec;
-  DType dtype = DType::Float32;  ///< of k, v and both caches
+  DType dtype = DType::Float32;     ///< of k and v
+  DType cache_dtype = DType::Same;  ///< of both caches: Same or Float8E4M3
   ChunkGeometry chunk;
 
   int32_t batch = 0;
@@ -152,10 +172,12 @@ struct AppendParams {
   int64_t total_k = 0;      ///< ragged: rows of k and v
   int32_t cache_slots = 0;  ///< slots of a sequence in the caches; paged: max_pages * page_size
 
-  ConstTensorRef k;   ///< (batch, seqlen_k, num_heads_kv, head_dim) or (total_k, num_heads_kv, head_dim)
-  ConstTensorRef v;   ///< as k
-  TensorRef k_cache;  ///< (batch, cache_slots, num_heads_kv, head_dim) or pages
-  TensorRef v_cache;  ///< as k_cache
+  ConstTensorRef k;    ///< (batch, seqlen_k, num_heads_kv, head_dim) or (total_k, num_heads_kv, head_dim)
+  ConstTensorRef v;    ///< as k
+  TensorRef k_cache;   ///< (batch, cache_slots, num_heads_kv, head_dim) or pages
+  TensorRef v_cache;   ///< as k_cache
+  CacheScale k_scale;  ///< of a Float8E4M3 k_cache
+  CacheScale v_scale;  ///< of a Float8E4M3 v_cache
 
   const int32_t* cu_seqlens_k = nullptr;   ///< (batch + 1): k and v are ragged (device)
   int32_t cache_seqlen = 0;                ///< slots in use before the call, if cache_seqlens is null
@@ -165,6 +187,12 @@ struct AppendParams {
 
   RotaryTables rotary;
 };
+
+/// The dtype that the elements of a call's cache have.
+template <class Params>
+constexpr DType dtype_of_cache(const Params& params) {
+  return params.cache_dtype == DType::Same ? params.dtype : params.cache_dtype;
+}
 
 /// The attention over the union of disjoint key sets from the attention over each: weights exp(lse_p - lse) in fp32.
 /// Parts at -inf carry no weight, whatever their out holds; where all are, out = 0 and lse = -inf.

@@ -25,6 +25,10 @@ template <>
 struct ElementOf<DType::Float16> {
   using type = cutlass::half_t;
 };
+template <>
+struct ElementOf<DType::Float8E4M3> {
+  using type = cutlass::float_e4m3_t;
+};
 
 inline constexpr float kLog2E = 1.44269504f;
 inline constexpr float kLn2 = 0.693147181f;

@@ -7,6 +7,14 @@
 
 namespace dca::cuda {
 
+/// Where 16 bytes of a row of Q go in shared memory: to the columns that they are.
+struct ColumnsInPlace {
+  template <class Smem, class Vec>
+  __device__ __forceinline__ void operator()(Smem& sQ, int32_t row, int32_t column, const Vec& x) const {
+    store16(&sQ(row, column), x);
+  }
+};
+
 namespace detail {
 
 /// A row of q and of the tables that belongs to a row of the tile. Rows that are not the tile's get one that exists, so
@@ -64,16 +72,16 @@ __device__ __forceinline__ void rotate_pairs(PairOf& pair_of, Store& store, int3
 /// unrotated copy beside them would cost as much shared memory as a stage of keys. Lane `lane` of `lanes`; they hold
 /// the rows row_of(0) ... row_of(num_rows - 1). kAhead: pairs of units that a lane asks for before it uses the first,
 /// as many as there are registers for beside what the kernel holds.
-template <int kAhead, class Smem, class RowOf>
+template <int kAhead, class Smem, class RowOf, class Place = ColumnsInPlace>
 __device__ __forceinline__ void load_queries(const AttentionArgs& args, const WorkTile& tile, Segment segment,
                                              float sign, Smem&& sQ, int32_t num_rows, RowOf row_of, int32_t lane,
-                                             int32_t lanes) {
+                                             int32_t lanes, Place place = {}) {
   using Element = typename std::remove_reference_t<Smem>::value_type;
   constexpr int kHeadDim = decltype(cute::size<1>(sQ))::value;
   constexpr int kVector = kVec<Element>;
   const RotaryTables& rotary = args.p.rotary;
   const RotaryUnits units = RotaryUnits::of(rotary, kHeadDim, kVector);
-  const auto store = [&](int32_t row, int32_t column, const Vec16<Element>& x) { store16(&sQ(row, column), x); };
+  const auto store = [&](int32_t row, int32_t column, const Vec16<Element>& x) { place(sQ, row, column, x); };
 
   const int32_t pairs = units.offset;
   const auto pair_of = [&](int32_t i) {

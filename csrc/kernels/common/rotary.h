@@ -1,4 +1,4 @@
-// Rotary embedding of rows in 16-byte units: fp32 arithmetic from the fp32 tables, one rounding.
+// Rotary embedding of rows in units of 16 bytes of what comes out: fp32 arithmetic from the fp32 tables, one rounding.
 #pragma once
 
 #include "dca/params.h"
@@ -31,19 +31,59 @@ struct RotaryRow {
   float factor;         ///< on every element
 };
 
+/// kColumns neighbouring columns of a row.
+template <class T, int kColumns>
+using Columns = cute::array_aligned<T, kColumns, 16>;
+
+template <int kColumns, class Element>
+__device__ __forceinline__ Columns<Element, kColumns> load_columns(const Element* p) {
+  constexpr int kLoads = kColumns / kVec<Element>;
+  Columns<Element, kColumns> x;
+  CUTE_UNROLL
+  for (int i = 0; i < kLoads; ++i) {
+    reinterpret_cast<uint4*>(x.data())[i] = reinterpret_cast<const uint4*>(p)[i];
+  }
+  return x;
+}
+
 namespace detail {
 
-template <class Element>
-__device__ __forceinline__ Vec16<Element> load_unit(const RotaryRow<Element>& row, int32_t column) {
-  if (column < row.head_dim) return load16(row.data + column);
-  Vec16<Element> zero;
-  cute::clear(zero);
-  return zero;
+template <class Out, int kColumns, class Element>
+__device__ __forceinline__ Columns<Out, kColumns> convert(const Columns<Element, kColumns>& x) {
+  if constexpr (std::is_same_v<Out, Element>) {
+    return x;
+  } else {
+    Columns<Out, kColumns> y;
+    CUTE_UNROLL
+    for (int i = 0; i < kColumns; ++i) y[i] = static_cast<Out>(static_cast<float>(x[i]));
+    return y;
+  }
 }
 
 __device__ __forceinline__ void load_floats(const float* p, float (&x)[4]) {
   const float4 v = *reinterpret_cast<const float4*>(p);
   x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+}
+
+// Rotates the columns `a` and those half_dim further on, `b`; the results may take their place.
+template <class Out, int kColumns, class Element>
+__device__ __forceinline__ void rotate_columns(const RotaryRow<Element>& row, int32_t column,
+                                               const Columns<Element, kColumns>& a,
+                                               const Columns<Element, kColumns>& b, Columns<Out, kColumns>& first,
+                                               Columns<Out, kColumns>& second) {
+  CUTE_UNROLL
+  for (int at = 0; at < kColumns; at += 4) {
+    float cos[4], sin[4];
+    load_floats(row.cos + column + at, cos);
+    load_floats(row.sin + column + at, sin);
+    CUTE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float x = static_cast<float>(a[at + i]) * row.factor;
+      const float y = static_cast<float>(b[at + i]) * row.factor;
+      first[at + i] = static_cast<Out>(x * cos[i] - y * sin[i]);
+      second[at + i] = static_cast<Out>(x * sin[i] + y * cos[i]);
+    }
+  }
 }
 
 // One element of a row whose pairs fall anywhere.
@@ -83,45 +123,54 @@ struct UnitPair {
   __device__ void rotate(const RotaryRow<Element>& row, int32_t column) {
     auto& a = reinterpret_cast<Vec16<Element>&>(first);
     auto& b = reinterpret_cast<Vec16<Element>&>(second);
-    CUTE_UNROLL
-    for (int begin = 0; begin < kVec<Element>; begin += 4) {
-      float cos[4], sin[4];
-      detail::load_floats(row.cos + column + begin, cos);
-      detail::load_floats(row.sin + column + begin, sin);
-      CUTE_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const float x = static_cast<float>(a[begin + i]) * row.factor;
-        const float y = static_cast<float>(b[begin + i]) * row.factor;
-        a[begin + i] = static_cast<Element>(x * cos[i] - y * sin[i]);
-        b[begin + i] = static_cast<Element>(x * sin[i] + y * cos[i]);
-      }
-    }
+    detail::rotate_columns<Element, kVec<Element>>(row, column, a, b, a, b);
   }
 };
 
-/// Makes one unit of work of a row; calls store(column, 16 bytes) for each 16 bytes that it made.
-template <class Element, class Store>
-__device__ __forceinline__ void rotate_unit(const RotaryRow<Element>& row, const RotaryTables& rotary,
-                                            const RotaryUnits& units, int32_t unit, Store&& store) {
-  constexpr int kVector = kVec<Element>;
+/// Makes one unit of work of a row: `units` are of kColumns columns. Calls store(column, Columns<Out, kColumns>) for
+/// each kColumns of them that it made. Out is Element, rounded once, or float, not rounded.
+template <class Out, int kColumns, class Element, class Store>
+__device__ __forceinline__ void rotate_unit_as(const RotaryRow<Element>& row, const RotaryTables& rotary,
+                                               const RotaryUnits& units, int32_t unit, Store&& store) {
   const bool rotates = row.cos != nullptr;
   if (unit < units.offset) {
-    auto pair = UnitPair<Element>::load(row.data, rotary.half_dim, unit * kVector);
-    if (rotates) pair.rotate(row, unit * kVector);
-    pair.store(rotary.half_dim, unit * kVector, store);
+    const int32_t column = unit * kColumns;
+    if (rotates) {
+      const auto a = load_columns<kColumns>(row.data + column);
+      const auto b = load_columns<kColumns>(row.data + column + rotary.half_dim);
+      Columns<Out, kColumns> first, second;
+      detail::rotate_columns<Out, kColumns>(row, column, a, b, first, second);
+      store(column, first);
+      store(column + rotary.half_dim, second);
+    } else {
+      const auto copy = [&](int32_t from) {
+        store(from, detail::convert<Out, kColumns, Element>(load_columns<kColumns>(row.data + from)));
+      };
+      copy(column);
+      copy(column + rotary.half_dim);
+    }
     return;
   }
-  const int32_t column = (unit + units.offset) * kVector;
-  Vec16<Element> x = detail::load_unit(row, column);
+  const int32_t column = (unit + units.offset) * kColumns;
+  Columns<Out, kColumns> x;
+  cute::clear(x);
   if (column < row.head_dim) {
+    const Columns<Element, kColumns> plain = load_columns<kColumns>(row.data + column);
     CUTE_UNROLL
-    for (int i = 0; i < kVector; ++i) {
+    for (int i = 0; i < kColumns; ++i) {
       const bool in_pair = rotates && !units.paired && column + i < 2 * rotary.half_dim;
-      const float value = in_pair ? detail::rotated_element(row, rotary, column + i) : static_cast<float>(x[i]);
-      x[i] = static_cast<Element>(value * row.factor);
+      const float value = in_pair ? detail::rotated_element(row, rotary, column + i) : static_cast<float>(plain[i]);
+      x[i] = static_cast<Out>(value * row.factor);
     }
   }
   store(column, x);
+}
+
+/// The same in units of 16 bytes of the row's own dtype.
+template <class Element, class Store>
+__device__ __forceinline__ void rotate_unit(const RotaryRow<Element>& row, const RotaryTables& rotary,
+                                            const RotaryUnits& units, int32_t unit, Store&& store) {
+  rotate_unit_as<Element, kVec<Element>>(row, rotary, units, unit, store);
 }
 
 }  // namespace dca::cuda

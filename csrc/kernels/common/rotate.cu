@@ -1,10 +1,11 @@
-// Key rotation, and rotation with the write into a cache: one memory-bound pass, 16 bytes at a time.
+// Key rotation, and rotation with the write into a cache: one memory-bound pass that stores 16 bytes at a time.
 //
 // The new rows of all sequences times KV heads are spread over warps; the lanes of a warp take the units of a row (see
 // rotary.h) and, for an append, copy the value's row. Lengths are read on the device; a slot behind the cache and a
 // page that the cache has not are dropped.
 #include <cutlass/fast_math.h>
 
+#include "e4m3.h"
 #include "kernels.h"
 #include "launch_check.h"
 #include "rotary.h"
@@ -108,10 +109,32 @@ __global__ void __launch_bounds__(kThreads) rotate_kernel(const __grid_constant_
   });
 }
 
+// 16 columns / scale, rounded once and stored.
 template <class Element>
+__device__ __forceinline__ void store_e4m3(cutlass::float_e4m3_t* to, const Columns<Element, 16>& x, float scale) {
+  uint32_t words[4];
+  CUTE_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    words[i] = 0;
+    CUTE_UNROLL
+    for (int byte = 0; byte < 4; ++byte) {
+      words[i] |= to_e4m3(static_cast<float>(x[4 * i + byte]) / scale) << (8 * byte);
+    }
+  }
+  *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
+}
+
+// Columns of a row that a thread makes at a time: what 16 bytes of the wider, or of e4m3, hold.
+template <class Element, class Cached>
+inline constexpr int kColumnsOf = std::is_same_v<Element, Cached> ? kVec<Element> : 16;
+
+template <class Element, class Cached>
 __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant__ NewRowsArgs<AppendParams> args) {
+  constexpr bool kCopies = std::is_same_v<Element, Cached>;
+  constexpr int kColumns = kColumnsOf<Element, Cached>;
+  using Out = std::conditional_t<kCopies, Element, float>;
   const AppendParams& p = args.p;
-  const RotaryUnits units = RotaryUnits::of(p.rotary, p.head_dim, kVec<Element>);
+  const RotaryUnits units = RotaryUnits::of(p.rotary, p.head_dim, kColumns);
   with_unit(args, [&](const NewRow& at, int32_t head, int32_t unit) {
     if (at.slot < 0 || at.slot >= p.cache_slots) return;
     int64_t batch = at.b;
@@ -123,24 +146,29 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
       slot = within;
       if (batch < 0 || batch >= p.pages.num_pages) return;
     }
-    Element* const key = row_of<Element>(p.k_cache, batch, slot, head);
-    Element* const value = row_of<Element>(p.v_cache, batch, slot, head);
+    Cached* const key = row_of<Cached>(p.k_cache, batch, slot, head);
+    Cached* const value = row_of<Cached>(p.v_cache, batch, slot, head);
     const Element* const v = static_cast<const Element*>(p.v.data) + at.batch * p.v.stride.batch +
                              at.row * p.v.stride.row + head * p.v.stride.head;
     // The unit that makes a piece of the key copies the same piece of the value.
-    rotate_unit(row_to_rotate<Element>(p, at, head), p.rotary, units, unit,
-                [&](int32_t column, const Vec16<Element>& x) {
-                  store16(key + column, x);
-                  store16(value + column, load16(v + column));
-                });
+    rotate_unit_as<Out, kColumns>(row_to_rotate<Element>(p, at, head), p.rotary, units, unit,
+                                  [&](int32_t column, const Columns<Out, kColumns>& x) {
+                                    if constexpr (kCopies) {
+                                      store16(key + column, x);
+                                      store16(value + column, load16(v + column));
+                                    } else {
+                                      store_e4m3(key + column, x, p.k_scale.of(head));
+                                      store_e4m3(value + column, load_columns<kColumns>(v + column),
+                                                 p.v_scale.of(head));
+                                    }
+                                  });
   });
 }
 
 template <class Params>
-NewRowsArgs<Params> args_of(const Params& p, int32_t page_size) {
-  const int32_t vector = static_cast<int32_t>(16 / element_size(p.dtype));
+NewRowsArgs<Params> args_of(const Params& p, int32_t columns, int32_t page_size) {
   const int64_t rows = p.cu_seqlens_k != nullptr ? p.total_k : static_cast<int64_t>(p.batch) * p.seqlen_k;
-  return {p, rows, RotaryUnits::of(p.rotary, p.head_dim, vector).count, cutlass::FastDivmod(page_size)};
+  return {p, rows, RotaryUnits::of(p.rotary, p.head_dim, columns).count, cutlass::FastDivmod(page_size)};
 }
 
 template <class Params>
@@ -156,14 +184,21 @@ Status launch_rotate_keys(const RotateKeysParams& p) {
   using Kernel = void (*)(NewRowsArgs<RotateKeysParams>);
   static constexpr Kernel kKernels[] = {rotate_kernel<float>, rotate_kernel<cutlass::bfloat16_t>,
                                         rotate_kernel<cutlass::half_t>};
-  return launch("rotate_keys", kKernels, args_of(p, 1));
+  return launch("rotate_keys", kKernels, args_of(p, static_cast<int32_t>(16 / element_size(p.dtype)), 1));
 }
 
 Status launch_rotate_and_append_kv(const AppendParams& p) {
   using Kernel = void (*)(NewRowsArgs<AppendParams>);
-  static constexpr Kernel kKernels[] = {append_kernel<float>, append_kernel<cutlass::bfloat16_t>,
-                                        append_kernel<cutlass::half_t>};
-  return launch("rotate_and_append_kv", kKernels, args_of(p, p.pages.page_table != nullptr ? p.pages.page_size : 1));
+  using E4M3 = cutlass::float_e4m3_t;
+  static constexpr Kernel kSame[] = {append_kernel<float, float>,
+                                     append_kernel<cutlass::bfloat16_t, cutlass::bfloat16_t>,
+                                     append_kernel<cutlass::half_t, cutlass::half_t>};
+  static constexpr Kernel kE4M3[] = {append_kernel<float, E4M3>, append_kernel<cutlass::bfloat16_t, E4M3>,
+                                     append_kernel<cutlass::half_t, E4M3>};
+  const bool narrow = dtype_of_cache(p) == DType::Float8E4M3;
+  const int32_t columns = narrow ? 16 : static_cast<int32_t>(16 / element_size(p.dtype));
+  const int32_t page_size = p.pages.page_table != nullptr ? p.pages.page_size : 1;
+  return launch("rotate_and_append_kv", narrow ? kE4M3 : kSame, args_of(p, columns, page_size));
 }
 
 }  // namespace dca::cuda

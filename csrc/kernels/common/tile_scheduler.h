@@ -92,8 +92,8 @@ struct WorkTile {
       offset += (seqlen.k_row + seqlen.leftpad) * cache.stride.row;
       if (p.cu_seqlens_k == nullptr) offset += b * cache.stride.batch;
     }
-    constexpr int64_t kElementBytes = 2;  // attention has bf16 and fp16 only
-    return static_cast<const char*>(cache.data) + offset * kElementBytes;
+    const int64_t element_bytes = p.cache_dtype == DType::Float8E4M3 ? 1 : 2;  // else bf16 or fp16
+    return static_cast<const char*>(cache.data) + offset * element_bytes;
   }
 
   __device__ bool empty() const { return positions.empty(); }

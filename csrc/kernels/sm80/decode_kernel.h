@@ -7,8 +7,12 @@
 //
 // Shared memory: Q for the three segments (3, 16, kHeadDim) | per warp a ring of (kStages, {K, V}, 16, kHeadDim),
 // whose place O, max and sum of the warps take at the end.
+//
+// The keys and values of a cache of e4m3 are widened between shared memory and the products (e4m3_products.h); their
+// scales are factors on the logits and on the rows of O.
 #pragma once
 
+#include "e4m3_products.h"
 #include "mainloop.h"
 #include "output_rows.h"
 
@@ -17,6 +21,7 @@ namespace dca::cuda::sm80 {
 template <class Traits, bool kPaged>
 class DecodeTile {
   using Element = typename Traits::Element;
+  using Cached = typename Traits::Cached;
   using Mma = typename Traits::Mma;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kBlockM = Traits::kBlockM;
@@ -35,7 +40,7 @@ class DecodeTile {
         smem_k_(reinterpret_cast<Element*>(shared + Traits::kQueryBytes) +
                 warp_ * 2 * kStages * Traits::kStageElements),
         smem_v_(smem_k_ + kStages * Traits::kStageElements),
-        scale_(LogitScale::of(tile.scale)) {}
+        scale_(LogitScale::of(tile.scale * factor(args.p.k_scale))) {}
 
   __device__ void run() {
     KeyBlockIterator<> ahead(tile_.ranges, Traits::kBlockN);
@@ -68,16 +73,18 @@ class DecodeTile {
           segment = static_cast<int32_t>(block.segment);
           read_queries(tSrQ, block.segment);
         }
-        multiply_qk_registers<Mma>(acc_s, tSrQ, smem_k(stage), lane_);
-      } else {
-        multiply_qk<Mma>(acc_s, smem_q(block.segment), smem_k(stage), lane_);
       }
+      multiply_qk_of_block(acc_s, tSrQ, block.segment, stage);
       auto s = make_tensor(acc_s.data(), as_rows_and_columns(acc_s.layout()));
       if (tile_.ranges.needs_mask(block, Traits::kBlockN)) {
         mask_logits(s, coordinates<kWarpKeys>(), args_, tile_, block, warp_ * kWarpKeys);
       }
       softmax.apply(softmax.advance(s, scale_.magnitude_log2), o);
-      multiply_pv<Mma>(acc_o, acc_s, smem_vt(stage), lane_);
+      if constexpr (Traits::kE4M3) {
+        multiply_pv_e4m3<Mma>(acc_o, acc_s, smem_vt(stage), lane_);
+      } else {
+        multiply_pv<Mma>(acc_o, acc_s, smem_vt(stage), lane_);
+      }
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
     cp_async_wait<0>();
@@ -89,6 +96,15 @@ class DecodeTile {
   }
 
  private:
+  // What products with the elements of K, or the elements of V, have to be multiplied by.
+  __device__ float factor(const CacheScale& scale) const {
+    if constexpr (Traits::kE4M3) {
+      return E4M3Reader<Element>::kScale * scale.of(tile_.kv_head);
+    } else {
+      return 1.0f;
+    }
+  }
+
   __device__ Element* q_of(Segment segment) const {
     return smem_q_ + static_cast<int32_t>(segment) * kBlockM * kHeadDim;
   }
@@ -111,14 +127,14 @@ class DecodeTile {
   }
 
   __device__ __forceinline__ void load(const KeyBlock& block, int32_t stage) {
-    const CacheRows<Element, kPaged> keys(args_, args_.p.k, tile_, tile_.k);
-    const CacheRows<Element, kPaged> values(args_, args_.p.v, tile_, tile_.v);
+    const CacheRows<Cached, kPaged> keys(args_, args_.p.k, tile_, tile_.k);
+    const CacheRows<Cached, kPaged> values(args_, args_.p.v, tile_, tile_.v);
     const int32_t first = warp_ * kWarpKeys;
+    const int32_t row = args_.p.head_dim / Traits::kPacked;
     if (block.count > 0) {
-      load_rows<typename Traits::SmemKv, 32>(keys, block, first, args_.p.head_dim,
-                                             smem_k_ + stage * Traits::kStageElements, lane_);
-      load_rows<typename Traits::SmemKv, 32>(values, block, first, args_.p.head_dim,
-                                             smem_v_ + stage * Traits::kStageElements, lane_);
+      load_rows<typename Traits::SmemKv, 32>(keys, block, first, row, smem_k_ + stage * Traits::kStageElements, lane_);
+      load_rows<typename Traits::SmemKv, 32>(values, block, first, row, smem_v_ + stage * Traits::kStageElements,
+                                             lane_);
     }
     cp_async_fence();  // also without a block, so that the number of groups in flight stays what it is
   }
@@ -130,7 +146,8 @@ class DecodeTile {
       const Segment segment = static_cast<Segment>(i);
       load_queries<1>(
           args_, tile_, segment, scale_.sign, smem_q(segment), kBlockM, [](int32_t row) { return row; },
-          static_cast<int32_t>(threadIdx.x), Traits::kThreads);
+          static_cast<int32_t>(threadIdx.x), Traits::kThreads,
+          std::conditional_t<Traits::kE4M3, EvenColumnsFirst, ColumnsInPlace>{});
     }
   }
 
@@ -139,6 +156,36 @@ class DecodeTile {
     const auto copy_a = make_tiled_copy_A(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, Mma{});
     const auto thr_copy_a = copy_a.get_slice(lane_);
     copy(copy_a, thr_copy_a.partition_S(smem_q(segment)), thr_copy_a.retile_D(tSrQ));
+  }
+
+  // S = Q K^T of the warp's keys in `stage`; Q is in tSrQ already, or read as it is needed.
+  template <class Acc, class Fragment>
+  __device__ __forceinline__ void multiply_qk_of_block(Acc& acc_s, const Fragment& tSrQ, Segment segment,
+                                                       int32_t stage) const {
+    if constexpr (Traits::kE4M3 && Traits::kQueriesInRegisters) {
+      multiply_qk_e4m3<Mma>(
+          acc_s, [&](auto k) { return tSrQ(_, _, k); }, smem_k(stage), lane_);
+    } else if constexpr (Traits::kE4M3) {
+      multiply_qk_e4m3<Mma>(
+          acc_s, [&](auto k) { return query_step(segment, k); }, smem_k(stage), lane_);
+    } else if constexpr (Traits::kQueriesInRegisters) {
+      multiply_qk_registers<Mma>(acc_s, tSrQ, smem_k(stage), lane_);
+    } else {
+      multiply_qk<Mma>(acc_s, smem_q(segment), smem_k(stage), lane_);
+    }
+  }
+
+  // Step k of Q's fragments out of shared memory.
+  template <class Step>
+  __device__ __forceinline__ auto query_step(Segment segment, Step k) const {
+    const auto sQ = smem_q(segment);
+    const auto copy_a = make_tiled_copy_A(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, Mma{});
+    const auto thr_copy_a = copy_a.get_slice(lane_);
+    auto all = Mma{}.get_slice(lane_).partition_fragment_A(sQ);  // of which only this step becomes registers
+    copy(copy_a, thr_copy_a.partition_S(sQ)(_, _, k), thr_copy_a.retile_D(all)(_, _, k));
+    auto step = make_fragment_like(all(_, _, k));
+    copy(all(_, _, k), step);
+    return step;
   }
 
   // exchange: O (kWarps, kBlockM, kExchangeRow) | max in powers of two (kWarps, kBlockM) | sum (kWarps, kBlockM)
@@ -159,13 +206,26 @@ class DecodeTile {
     CUTE_UNROLL
     for (int r = 0; r < kThreadRows; ++r) {
       const int32_t row = get<0>(at(r, 0));
-      CUTE_UNROLL
-      for (int c = 0; c < size<1>(o); c += 2) {
-        *reinterpret_cast<float2*>(exchange_o(warp_, row) + get<1>(at(r, c))) = {o(r, c), o(r, c + 1)};
-      }
+      publish_row(o, at, r, exchange_o(warp_, row));
       if (lane_ % 4 == 0) {
         exchange_max(warp_, row) = softmax.row_max[r] * scale_.magnitude_log2;
         exchange_sum(warp_, row) = softmax.row_sum[r];
+      }
+    }
+  }
+
+  template <class Rows, class Coordinates>
+  __device__ __forceinline__ void publish_row(const Rows& o, const Coordinates& at, int r, float* row) const {
+    if constexpr (Traits::kE4M3) {  // two column tiles are the even and the odd channels of 16
+      CUTE_UNROLL
+      for (int c = 0; c < size<1>(o); c += 4) {
+        const int32_t channel = get<1>(at(r, c)) + lane_ % 4 * 2;
+        *reinterpret_cast<float4*>(row + channel) = {o(r, c), o(r, c + 2), o(r, c + 1), o(r, c + 3)};
+      }
+    } else {
+      CUTE_UNROLL
+      for (int c = 0; c < size<1>(o); c += 2) {
+        *reinterpret_cast<float2*>(row + get<1>(at(r, c))) = {o(r, c), o(r, c + 1)};
       }
     }
   }
@@ -190,7 +250,7 @@ class DecodeTile {
         CUTE_UNROLL
         for (int c = 0; c < 8; ++c) joined[c] += weight * part[c];
       }
-      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+      const float inverse = sum == 0.0f ? 0.0f : factor(args_.p.v_scale) / sum;
       CUTE_UNROLL
       for (int c = 0; c < 8; ++c) joined[c] *= inverse;
       store_unit(rows, tile_.seqlen.row(at.position), at.head, column, joined);

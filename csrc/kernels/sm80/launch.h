@@ -10,11 +10,13 @@
 
 namespace dca::cuda::sm80 {
 
-template <TileKind kKind, DType kDType, int kHeadDim>
+template <TileKind kKind, DType kDType, int kHeadDim, DType kCacheDType = DType::Same>
 struct Instance {
+  static_assert(kCacheDType == DType::Same || kKind == TileKind::Decode);
   using Element = typename ElementOf<kDType>::type;
-  using Traits =
-      std::conditional_t<kKind == TileKind::Prefill, PrefillTraits<Element, kHeadDim>, DecodeTraits<Element, kHeadDim>>;
+  using Cached = typename ElementOf<kCacheDType == DType::Same ? kDType : kCacheDType>::type;
+  using Traits = std::conditional_t<kKind == TileKind::Prefill, PrefillTraits<Element, kHeadDim>,
+                                    DecodeTraits<Element, kHeadDim, Cached>>;
 
   template <bool kPaged>
   static constexpr auto kernel() {
@@ -44,7 +46,7 @@ struct Instance {
     constexpr int32_t kSharedPerSm = 164 * 1024;
     constexpr int32_t kFitting = kSharedPerSm / (Traits::kSharedBytes + 1024);
     constexpr int32_t kCtas = kFitting < Traits::kMinCtas ? kFitting : Traits::kMinCtas;
-    return {"sm80", "", kKind, kDType, kHeadDim, Traits::kBlockM, kCtas, false, &launch};
+    return {"sm80", "", kKind, kDType, kHeadDim, Traits::kBlockM, kCtas, false, &launch, kCacheDType};
   }
 };
 

@@ -15,10 +15,11 @@ namespace dca::cuda::sm80 {
 // --- Global to shared memory ---
 
 /// Copies the keys of a block, or their values, into shared memory of `SmemLayout` (kRows, kHeadDim), by kThreads
-/// threads, 16 bytes at a time. Rows behind the block and columns behind head_dim become 0: what lies there in the
-/// cache belongs to nobody or to another segment, and 0 * NaN would reach the output.
-template <class SmemLayout, int kThreads, class Element, bool kPaged>
-__device__ __forceinline__ void load_rows(const CacheRows<Element, kPaged>& source, const KeyBlock& block,
+/// threads, 16 bytes at a time. Elements of the cache that are narrower than those of shared memory lie there as they
+/// are: kHeadDim and head_dim count the latter. Rows behind the block and columns behind head_dim become 0: what lies
+/// there in the cache belongs to nobody or to another segment, and 0 * NaN would reach the output.
+template <class SmemLayout, int kThreads, class Cached, bool kPaged, class Element>
+__device__ __forceinline__ void load_rows(const CacheRows<Cached, kPaged>& source, const KeyBlock& block,
                                           int32_t first_key, int32_t head_dim, Element* smem, int32_t thread) {
   constexpr int kRows = size<0>(SmemLayout{});
   constexpr int kHeadDim = size<1>(SmemLayout{});
@@ -35,12 +36,14 @@ __device__ __forceinline__ void load_rows(const CacheRows<Element, kPaged>& sour
     const int32_t row = pass * kRowsAtOnce + thread / kUnits;
     if (kRowsAtOnce > kRows && row >= kRows) break;
     const int32_t in_block = first_key + row;
-    const Element* data = in_block < block.count ? source.row(block.begin + in_block) : nullptr;
+    const Cached* row_of_cache = in_block < block.count ? source.row(block.begin + in_block) : nullptr;
+    const auto* data = reinterpret_cast<const Element*>(row_of_cache);
     CUTE_UNROLL
     for (int first = 0; first < kHeadDim; first += kColumns) {
       const int32_t column = first + unit;
       const bool present = data != nullptr && column < head_dim;
-      const auto* from = reinterpret_cast<const uint128_t*>(present ? data + column : source.any());
+      const void* from_or_any = present ? static_cast<const void*>(data + column) : source.any();
+      const auto* from = static_cast<const uint128_t*>(from_or_any);
       SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint128_t>::copy(*from, *reinterpret_cast<uint128_t*>(smem + layout(row, column)),
                                                        present);
     }

@@ -19,13 +19,14 @@ template <class Element>
 using MmaAtom = std::conditional_t<std::is_same_v<Element, cutlass::bfloat16_t>,
                                    MMA_Atom<SM80_16x8x16_F32BF16BF16F32_TN>, MMA_Atom<SM80_16x8x16_F32F16F16F32_TN>>;
 
-/// Rows of kHeadDim elements in shared memory. Eight rows of kColumns (64, or 32 where 64 does not divide the row) are
-/// an atom whose 16-byte units are permuted, so that ldmatrix, which takes one unit from each of eight rows, finds them
-/// in different banks.
+/// Rows of kHeadDim elements of 16 bits in shared memory. Eight rows of kColumns (64, or 32 or 16 where that does not
+/// divide the row) are an atom whose 16-byte units are permuted, so that ldmatrix, which takes one unit from each of
+/// eight rows, finds them in different banks.
 template <int kHeadDim>
 struct SmemRows {
-  static constexpr int kColumns = kHeadDim % 64 == 0 ? 64 : 32;
-  using Atom = decltype(composition(Swizzle < kColumns == 64 ? 3 : 2, 3, 3 > {},
+  static constexpr int kColumns = kHeadDim % 64 == 0 ? 64 : kHeadDim % 32 == 0 ? 32 : 16;
+  static constexpr int kPermutedBits = kColumns == 64 ? 3 : kColumns == 32 ? 2 : 1;
+  using Atom = decltype(composition(Swizzle<kPermutedBits, 3, 3>{},
                                     Layout<Shape<_8, Int<kColumns>>, Stride<Int<kColumns>, _1>>{}));
   template <int kRows>
   using Layout_ = decltype(tile_to_shape(Atom{}, Shape<Int<kRows>, Int<kHeadDim>>{}));
@@ -63,27 +64,35 @@ struct PrefillTraits {
 /// Decode: 16 rows, every warp with keys of its own and a ring of kStages blocks of 16 of them, so that no barrier
 /// stands between a load and its use. 64 KB or more are on their way or in use per CTA, some 128 KB per SM: several
 /// times what latency and bandwidth ask for.
-template <class Element_, int kHeadDim_>
+///
+/// Rows of a cache of e4m3 lie in shared memory as they are, two numbers in the place of an element, and become
+/// elements on their way to the products (e4m3_products.h).
+template <class Element_, int kHeadDim_, class Cached_ = Element_>
 struct DecodeTraits {
   using Element = Element_;
+  using Cached = Cached_;
+  static constexpr bool kE4M3 = std::is_same_v<Cached, cutlass::float_e4m3_t>;
+  static constexpr int kPacked = kE4M3 ? 2 : 1;  // numbers of the cache in the place of an element
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kWarps = kHeadDim <= 128 ? 4 : 2;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kBlockM = 16;
   static constexpr int kWarpKeys = 16;
   static constexpr int kBlockN = kWarpKeys * kWarps;
-  static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 96 ? 3 : 2;
+  static constexpr int kStages = kPacked * (kHeadDim <= 64 ? 4 : kHeadDim <= 96 ? 3 : 2);
   static constexpr bool kQueriesInRegisters = kHeadDim <= 128;  // beside O there is no room for more
   static constexpr int kMinCtas = 2;
 
   using Rows = SmemRows<kHeadDim>;
   using SmemQ = typename Rows::template Layout_<kBlockM>;
-  using SmemKv = typename Rows::template Layout_<kWarpKeys>;
-  using SmemVt = typename Rows::template Transposed<kWarpKeys>;
-  static constexpr int kStageElements = kWarpKeys * kHeadDim;
+  using KvRows = SmemRows<kHeadDim / kPacked>;
+  using SmemKv = typename KvRows::template Layout_<kWarpKeys>;
+  using SmemVt = typename KvRows::template Transposed<kWarpKeys>;
+  static constexpr int kStageElements = kWarpKeys * kHeadDim / kPacked;
   static constexpr int kQueryBytes = kNumSegments * kBlockM * kHeadDim * 2;
   static constexpr int kRingBytes = 2 * kStages * kWarps * kStageElements * 2;
-  static constexpr int kExchangeRow = kHeadDim + 8;  // floats; so that four rows of a half warp's stores share no bank
+  // Floats; so that the rows of a half warp's stores of 8 bytes, or of a quarter warp's of 16, share no bank.
+  static constexpr int kExchangeRow = kHeadDim + (kE4M3 ? 16 : 8);
   static constexpr int kExchangeBytes = kWarps * kBlockM * (kExchangeRow + 2) * 4;  // in the place of the ring
   static constexpr int kSharedBytes = kQueryBytes + (kRingBytes > kExchangeBytes ? kRingBytes : kExchangeBytes);
   static_assert(kSharedBytes + 1024 <= kMaxSharedBytes);  // the tile lies there too

@@ -121,6 +121,8 @@ Status run_operator(const AttentionParams& params, const HostBuffers& buffers) {
   device.translate(p.cache_leftpad);
   device.translate(p.pages.page_table);
   device.translate(p.temperature);
+  device.translate(p.k_scale.data);
+  device.translate(p.v_scale.data);
   translate_rotary(device, p.rotary);
   if (Status status = attention_workspace_bytes(p, &p.workspace_bytes); !status.ok()) return status;
   p.workspace = p.workspace_bytes > 0 ? device.workspace(p.workspace_bytes) : nullptr;
@@ -142,6 +144,8 @@ Status run_operator(const AppendParams& params, const HostBuffers& buffers) {
   device.translate(p.v.data);
   device.translate(p.k_cache.data);
   device.translate(p.v_cache.data);
+  device.translate(p.k_scale.data);
+  device.translate(p.v_scale.data);
   device.translate(p.pages.page_table);
   return run(device, p, rotate_and_append_kv);
 }

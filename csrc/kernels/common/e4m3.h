@@ -1,0 +1,83 @@
+// 8-bit floating point (e4m3: sign, 4 exponent bits, 3 mantissa bits) without the conversion instructions, which only
+// GPUs from 8.9 on have.
+#pragma once
+
+#include "numeric.h"
+
+namespace dca::cuda {
+
+// --- Reading: four numbers of a register become two registers of two elements ---
+
+/// Elements of bytes 0 and 2, and of bytes 1 and 3.
+struct EvenOdd {
+  uint32_t even;
+  uint32_t odd;
+};
+
+/// How e4m3 becomes Element. The bits move to their places in the wider format, whose exponent has another bias: the
+/// numbers come out too small by a power of two, subnormal ones included. NaN, which e4m3 has in the place of 480, is
+/// found by a product that overflows for 480 alone: 0 times that is NaN, or the 0 that the sum does not see.
+template <class Element>
+struct E4M3Reader;
+
+template <>
+struct E4M3Reader<cutlass::half_t> {
+  /// What all that is read has to be multiplied by: left to the factor that comes later anyway.
+  static constexpr float kScale = 256.0f;
+
+  /// Bytes 1 and 3.
+  __device__ __forceinline__ static uint32_t odd_bytes(uint32_t x) {
+    const uint32_t small = (x & 0x80008000u) | (x >> 1 & 0x3f803f80u);
+    uint32_t overflow, result;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(overflow) : "r"(small), "r"(0x78807880u));  // 36864: 448 / 256 is below
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(overflow), "r"(0u), "r"(small));
+    return result;
+  }
+};
+
+template <>
+struct E4M3Reader<cutlass::bfloat16_t> {
+  /// Numbers 2^-120 times as large would leave no room for their products in fp32.
+  static constexpr float kScale = 1.0f;
+
+  __device__ __forceinline__ static uint32_t odd_bytes(uint32_t x) {
+    const uint32_t small = (x & 0x80008000u) | (x >> 4 & 0x07f007f0u);
+    return with_nan(multiply(small, 0x7b807b80u));  // 2^120
+  }
+
+ private:
+  __device__ __forceinline__ static uint32_t with_nan(uint32_t x) {
+    return multiply_add(multiply(x, 0x7b107b10u), 0u, x);  // 1.125 * 2^119
+  }
+  // bf16 has no product of its own before 9.0. -0 is what changes no sum.
+  __device__ __forceinline__ static uint32_t multiply(uint32_t a, uint32_t b) {
+    return multiply_add(a, b, 0x80008000u);
+  }
+  __device__ __forceinline__ static uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+  }
+};
+
+template <class Element>
+__device__ __forceinline__ EvenOdd read_e4m3(uint32_t four) {
+  return {E4M3Reader<Element>::odd_bytes(four << 8), E4M3Reader<Element>::odd_bytes(four)};
+}
+
+// --- Writing ---
+
+/// x as the nearest e4m3 number, ties to even; beyond 448 it is 448, and NaN stays NaN.
+__device__ __forceinline__ uint32_t to_e4m3(float x) {
+  const uint32_t sign = __float_as_uint(x) >> 24 & 0x80u;
+  const float magnitude = fabsf(x);
+  const uint32_t bits = __float_as_uint(fminf(magnitude, 448.0f));
+  // Below 2^-6 adding 2^14 rounds to the spacing of subnormal numbers, 2^-9. Else: exponent rebiased by 7 - 127, 20
+  // bits rounded away.
+  const uint32_t subnormal = __float_as_uint(magnitude + 0x1p14f) - 0x46800000u;
+  const uint32_t normal = (bits - 0x3c000000u + 0x7ffffu + (bits >> 20 & 1u)) >> 20;
+  const uint32_t number = magnitude < 0x1p-6f ? subnormal : normal;
+  return sign | (magnitude == magnitude ? number : 0x7fu);
+}
+
+}  // namespace dca::cuda

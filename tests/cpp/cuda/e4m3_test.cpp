@@ -1,0 +1,272 @@
+// Caches of 8-bit floating point on CUDA: decode tiles for any number of query rows, append, refusals.
+#include <cstdlib>
+#include <string>
+
+#include "cuda_cases.h"
+#include "e4m3_problem.h"
+
+namespace dca::testing {
+namespace {
+
+// n = 16, P = 23: around every kind of border.
+const std::vector<int32_t> kLengths = {1, 2, 16, 17, 23, 24, 25, 32, 33, 48, 49, 53, 0};
+
+class CudaE4M3 : public CudaKernelTest {
+ protected:
+  void SetUp() override {
+    const std::string why = missing_kernel(cached(1, 1));
+    if (!why.empty()) GTEST_SKIP() << why;
+  }
+
+  ProblemShape cached(int32_t group, int32_t seqlen_q) const {
+    ProblemShape s = shape(group);
+    s.cache_dtype = DType::Float8E4M3;
+    s.scales = Scales::PerHead;
+    s.page_size = 16;
+    s.kv_lens = kLengths;
+    s.q_lens.assign(kLengths.size(), seqlen_q);
+    return s;
+  }
+};
+
+TEST_P(CudaE4M3, OneToken) {
+  for (const int32_t group : {1, 4, 8, 16}) {
+    ProblemShape s = cached(group, 1);
+    expect_matches_reference(s, {1, 4});
+    s.keys = KeyLayout::Paged;
+    expect_matches_reference(s, {1, 4});
+  }
+}
+
+TEST_P(CudaE4M3, AllKindsOfScales) {
+  for (const Scales scales : kAllScales) {
+    ProblemShape s = cached(4, 2);
+    s.scales = scales;
+    expect_matches_reference(s, {1, 4});
+  }
+}
+
+TEST_P(CudaE4M3, LeftPadding) {
+  ProblemShape s = cached(4, 1);
+  for (const int32_t length : kLengths) s.leftpads.push_back(60 - length);
+  expect_matches_reference(s, {1, 4});
+  s.keys = KeyLayout::Paged;  // whole pages of padding have no valid page id
+  expect_matches_reference(s, {1, 4});
+}
+
+// There are no prefill tiles for such a cache: decode tiles take any number of rows.
+TEST_P(CudaE4M3, ManyTokensAcrossChunkBorders) {
+  for (const int32_t seqlen_q : {5, 20, 53}) {  // longer than some sequences: rows without a position
+    for (const int32_t group : {1, 4}) expect_matches_reference(cached(group, seqlen_q), {1, 4});
+  }
+}
+
+TEST_P(CudaE4M3, PrefillAndDecodeMixedInOneBatch) {
+  ProblemShape s = cached(4, 1);
+  s.kv_lens = {53, 17, 40, 0, 33, 24};
+  s.q_lens = {1, 17, 9, 0, 2, 0};
+  s.ragged_q = true;
+  expect_matches_reference(s, {1, 3});
+  s.keys = KeyLayout::Paged;
+  expect_matches_reference(s, {1, 3});
+}
+
+TEST_P(CudaE4M3, MoreSplitsThanKeys) { expect_matches_reference(cached(4, 1), {2, 60, 256}); }
+
+TEST_P(CudaE4M3, LongCache) {
+  ProblemShape s = cached(8, 2);
+  s.chunk = {300, 415};
+  s.kv_lens = {1201, 700};
+  s.q_lens = {2, 2};
+  expect_matches_reference(s, {0, 1, 7});
+  s.keys = KeyLayout::Paged;
+  s.page_size = 64;
+  expect_matches_reference(s, {0, 7});
+}
+
+TEST_P(CudaE4M3, SegmentsAlone) {
+  for (const auto segment : {SegmentSelection::Intra, SegmentSelection::Successive, SegmentSelection::Inter}) {
+    AttentionProblem problem(cached(4, 5));
+    AttentionParams p = problem.params();
+    p.segments = segment;
+    EXPECT_TRUE(problem.matches_reference(p, {1, 4}));
+    kernel_cases += 2;
+  }
+}
+
+TEST_P(CudaE4M3, NegativeSoftmaxScaleAndTemperature) {
+  AttentionProblem problem(cached(4, 2));
+  AttentionParams p = problem.params();
+  p.softmax_scale = -p.softmax_scale;
+  p.original_max_position_embeddings = 20;
+  EXPECT_TRUE(problem.matches_reference(p, {1, 4}));
+  kernel_cases += 2;
+}
+
+TEST_P(CudaE4M3, PartialRotation) {
+  ProblemShape s = cached(4, 2);
+  for (const bool interleaved : {false, true}) {
+    for (const int32_t half : {0, 1, 8, 20}) {
+      s.half_rotary_dim = half;
+      s.interleaved = interleaved;
+      expect_matches_reference(s);
+    }
+  }
+}
+
+TEST_P(CudaE4M3, EveryCodeIsReadExactly) {
+  const ProblemShape s = shape();
+  CodesProblem(s.dtype, 2, s.head_dim).expect_exact();
+  ++kernel_cases;
+}
+
+TEST_P(CudaE4M3, PagesThatTheCacheHasNot) {
+  ProblemShape s = cached(4, 1);
+  s.keys = KeyLayout::Paged;
+  s.kv_lens = {40, 40};
+  s.q_lens = {1, 1};
+  AttentionProblem problem(s);
+  for (const int32_t wild : {INT32_MAX, INT32_MIN, -1, 1000}) {
+    AttentionParams p = problem.params();
+    const std::vector<int32_t> table(static_cast<size_t>(p.batch * p.pages.stride_batch), wild);
+    HostBuffers buffers = problem.buffers();
+    buffers.push_back(buffer_of(table));
+    p.pages.page_table = table.data();
+    const Status status = run_operator(p, buffers);
+    EXPECT_TRUE(status.ok()) << status.message();
+    for (const double x : problem.out()) ASSERT_EQ(x, 0.0) << "keys and values of pages that are not there are 0";
+    ++kernel_cases;
+  }
+}
+
+TEST_P(CudaE4M3, TheKernelSaysWhatItReads) {
+  AttentionProblem problem(cached(4, 40));
+  AttentionParams p = problem.params();
+  p.exec.device = Device::Cuda;
+  p.num_splits = 1;
+  std::string kernel;
+  EXPECT_TRUE(describe_attention(p, &kernel).ok());
+  EXPECT_EQ(kernel.rfind("cuda/sm80/decode/", 0), 0u) << kernel;
+  EXPECT_EQ(kernel.substr(kernel.size() - 5), "/e4m3");
+}
+
+DCA_INSTANTIATE_KERNEL_TESTS(CudaE4M3, 64, 80, 96, 128, 192, 256);
+
+// --- Append ---
+
+constexpr DType kDTypes[] = {DType::Float32, DType::BFloat16, DType::Float16};
+
+AppendShape narrow(DType dtype, Scales scales) {
+  AppendShape shape;
+  shape.dtype = dtype;
+  shape.cache_dtype = DType::Float8E4M3;
+  shape.scales = scales;
+  return shape;
+}
+
+void expect_appended(const AppendShape& shape) {
+  AppendProblem(shape).expect_matches_reference();
+  ++kernel_cases;
+}
+
+TEST(CudaE4M3Append, MatchesTheReference) {
+  for (const DType dtype : kDTypes) {
+    for (const Scales scales : kAllScales) {
+      AppendShape shape = narrow(dtype, scales);
+      expect_appended(shape);
+      shape.page_size = 16;
+      shape.leftpads = {3, 13, 0};
+      expect_appended(shape);
+      shape.ragged = true;
+      shape.new_rows = {4, 17, 0};
+      expect_appended(shape);
+    }
+  }
+}
+
+TEST(CudaE4M3Append, PartialAndInterleavedRotation) {
+  for (const bool interleaved : {false, true}) {
+    for (const int32_t half : {0, 1, 16, 20, 24, 32, 40}) {
+      AppendShape shape = narrow(DType::BFloat16, Scales::PerHead);
+      shape.head_dim = 80;
+      shape.half_rotary_dim = half;
+      shape.interleaved = interleaved;
+      expect_appended(shape);
+    }
+  }
+}
+
+TEST(CudaE4M3Append, HeadDims) {
+  for (const int32_t head_dim : {16, 64, 96, 128, 256}) {
+    AppendShape shape = narrow(DType::BFloat16, Scales::PerHead);
+    shape.head_dim = head_dim;
+    shape.half_rotary_dim = head_dim / 2;
+    expect_appended(shape);
+  }
+}
+
+TEST(CudaE4M3Append, RoundsOnceToNearestEvenAndSaturates) {
+  RoundingProblem problem;
+  problem.expect_rounds_to_nearest_even(1.0f, 0.25f);
+  problem.expect_rounds_to_nearest_even(0.3f, 7.0f);
+  kernel_cases += 2;
+}
+
+// --- Refusals ---
+
+template <class Problem, class Params>
+void expect_refused(const Params& p, const Problem& problem, const std::string& message) {
+  const Status status = run_operator(p, problem.buffers());
+  EXPECT_EQ(status.code(), StatusCode::InvalidArgument);
+  EXPECT_NE(status.message().find(message), std::string::npos) << status.message();
+}
+
+ProblemShape small_shape() {
+  ProblemShape shape;
+  shape.dtype = DType::BFloat16;
+  shape.cache_dtype = DType::Float8E4M3;
+  shape.q_lens = {1};
+  return shape;
+}
+
+TEST(CudaE4M3Refusal, WhatIsNotWhole16Bytes) {
+  ProblemShape shape = small_shape();
+  shape.head_dim = 72;
+  AttentionProblem odd(shape);
+  const std::string message = "head_dim must be a multiple of 16 for a Float8E4M3 cache on CUDA; got 72";
+  expect_refused(odd.params(), odd, message);
+  AppendShape rows = narrow(DType::BFloat16, Scales::None);
+  rows.head_dim = 72;
+  AppendProblem append(rows);
+  expect_refused(append.p, append, message);
+}
+
+TEST(CudaE4M3Refusal, Strides) {
+  if (const std::string why = missing_kernel(small_shape()); !why.empty()) GTEST_SKIP() << why;
+  AttentionProblem problem(small_shape());
+  AttentionParams p = problem.params();
+  p.k.stride.row += 8;
+  expect_refused(p, problem, "the strides of k must be multiples of 16 elements (16 bytes) on CUDA; got ");
+  p = problem.params();
+  p.v.data = static_cast<const char*>(p.v.data) + 8;
+  expect_refused(p, problem, "v must be aligned to 16 bytes on CUDA");
+}
+
+TEST(CudaCheckedValuesE4M3, Scales) {
+  const char* value = std::getenv("DCA_CHECK");
+  if (value == nullptr || std::string(value) != "1") GTEST_SKIP() << "needs DCA_CHECK=1 in the environment";
+  if (const std::string why = missing_kernel(small_shape()); !why.empty()) GTEST_SKIP() << why;
+  AttentionProblem problem(small_shape());
+  const std::vector<float> wild = {1.0f, -3.0f};
+  AttentionParams p = problem.params();
+  p.k_scale.data = wild.data();
+  p.k_scale.stride_head = 1;
+  HostBuffers buffers = problem.buffers();
+  buffers.push_back(buffer_of(wild));
+  const Status status = run_operator(p, buffers);
+  EXPECT_EQ(status.code(), StatusCode::InvalidArgument);
+  EXPECT_NE(status.message().find("k_scale must be finite and above 0; got -3"), std::string::npos) << status.message();
+}
+
+}  // namespace
+}  // namespace dca::testing
