@@ -14,6 +14,7 @@ Builds dca_ext on a machine with a CUDA GPU, checks it there and times it, witho
   --python PROGRAM       the Python that has torch (python3)
   --architectures LIST   for DCA_CUDA_ARCHITECTURES ("80" or "90" by the GPU, else the project's default)
   --instances LIST       for DCA_CUDA_INSTANCES (the project's default)
+  --variants             also build the variants of Hopper's prefill and time them (step variants)
   --sanitize-filter P    GoogleTest filter for compute-sanitizer (bf16 at head_dim 64 and 128, append, merge)
   --only STEPS           these steps only, separated by commas
   --skip STEPS           not these
@@ -22,7 +23,8 @@ Builds dca_ext on a machine with a CUDA GPU, checks it there and times it, witho
   --archive FILE         also pack the results folder into this .tar.gz
   --jobs N               parallel compilations (one per processor)
 
-Steps: machine gtest configure build modules cuda_tests pytest memcheck racecheck dca_bench dca_bench_sm80 bench_attention.
+Steps: machine gtest configure build modules cuda_tests pytest memcheck racecheck dca_bench dca_bench_sm80 variants
+bench_attention.
 Needs nvcc, cmake, a C++ compiler, and a Python with torch and pybind11. Each step's output is in STEP.log of the
 results folder, the figures are in dca_bench.jsonl and attention.json. A failing step does not stop the next ones; the
 exit status is 0 if all steps that ran succeeded, 1 if one failed, 2 if nothing can run here, 130 if interrupted.
@@ -33,10 +35,11 @@ die() { printf 'gpu_check.sh: %s\n' "$*" >&2; exit 2; }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 build='' cutlass=${CUTLASS_DIR:-} gtest='' python=python3 architectures='' instances='' filter='' only='' skip=''
-limit=590 out='' archive='' jobs=$(nproc 2>/dev/null || echo 4)
+limit=590 out='' archive='' variants='' jobs=$(nproc 2>/dev/null || echo 4)
 while [ $# -gt 0 ]; do
   case $1 in
     --help | -h) usage; exit 0 ;;
+    --variants) variants=1; shift; continue ;;
     --*=*) option=${1%%=*} value=${1#*=}; shift; set -- "$option" "$value" "$@"; continue ;;
   esac
   [ $# -ge 2 ] || die "$1 needs a value; gpu_check.sh --help lists the options."
@@ -64,7 +67,8 @@ done
 for folder in "$build" "$cutlass" "$gtest"; do
   [ -z "$folder" ] || [ -d "$folder" ] || die "there is no folder '$folder'."
 done
-known=(machine gtest configure build modules cuda_tests pytest memcheck racecheck dca_bench dca_bench_sm80 bench_attention)
+known=(machine gtest configure build modules cuda_tests pytest memcheck racecheck dca_bench dca_bench_sm80 variants
+  bench_attention)
 for step in ${only//,/ } ${skip//,/ }; do
   [[ " ${known[*]} " == *" $step "* ]] || die "there is no step '$step'; gpu_check.sh --help lists them."
 done
@@ -143,6 +147,7 @@ step_configure() {
   if [ -n "$cutlass" ]; then options+=("-DCUTLASS_DIR=$(cd "$cutlass" && pwd)"); fi
   if [ -n "$architectures" ]; then options+=("-DDCA_CUDA_ARCHITECTURES=$architectures"); fi
   if [ -n "$instances" ]; then options+=("-DDCA_CUDA_INSTANCES=$instances"); fi
+  if [ -n "$variants" ]; then options+=(-DDCA_CUDA_VARIANTS=ON); fi
   options+=("-DPython_EXECUTABLE=$python" "-DDCA_TORCH_DIR=$(torch_dir)")
   options+=("-Dpybind11_DIR=$("$python" -m pybind11 --cmakedir)")
   printf '%q ' cmake -S "$root" -B "$build/cmake" "${options[@]}"; echo
@@ -246,6 +251,27 @@ step_dca_bench_sm80() {
     --device=cuda --json "$out/dca_bench_sm80.json"
 }
 
+# What a GPU has to choose between, one line of JSON for each; docs/kernels.md names them.
+step_variants() {
+  local failed=0 kernels shape
+  rm -f "$out/variants.jsonl"
+  for shape in '--head-dim=128 --seqlen=16384' '--head-dim=128 --seqlen=65536 --repeat=5' '--head-dim=64 --seqlen=16384'; do
+    for kernels in sm90 sm90:unordered sm90:per_tile sm90:wide sm90:tall sm80; do
+      if [ "$kernels" = sm90:tall ] && [[ $shape != *=64\ * ]]; then continue; fi
+      echo "$kernels $shape"
+      # shellcheck disable=SC2086  # words
+      if DCA_CUDA_KERNELS=$kernels cuda_tests "$tree/bench/cpp/dca_bench" prefill --heads=32 --kv-heads=8 $shape \
+        --device=cuda --json "$out/variants.tmp"; then
+        cat "$out/variants.tmp" >>"$out/variants.jsonl"
+      else
+        failed=1
+      fi
+    done
+  done
+  rm -f "$out/variants.tmp"
+  return "$failed"
+}
+
 step_bench_attention() {
   cd "$out" && PYTHONUNBUFFERED=1 PYTHONPATH=$site "$python" "$root/bench/bench_attention.py" --quick --out "$out"
 }
@@ -314,7 +340,7 @@ trap interrupt INT TERM
 
 tree=${prebuilt:+$build}
 tree=${tree:-$build/cmake}
-export root build tree site out python cuda_lib cutlass gtest architectures instances filter jobs PATH
+export root build tree site out python cuda_lib cutlass gtest architectures instances filter variants jobs PATH
 while read -r _ _ function; do
   case $function in step_* | cuda_tests | has_gtest | torch_dir | sanitize_filter) export -f "${function?}" ;; esac
 done < <(declare -F)
@@ -352,6 +378,7 @@ done
 if [ -x "$tree/bench/cpp/dca_bench" ]; then
   run_step dca_bench 120
   run_step dca_bench_sm80 30
+  if [ -n "$variants" ]; then run_step variants 90; fi
 else
   skip_step dca_bench "there is no dca_bench: its build failed"
 fi

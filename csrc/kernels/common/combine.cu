@@ -1,6 +1,7 @@
 // Joins the partial results of split keys: out = sum_s exp(lse_s - lse) out_s, lse = ln sum_s exp(lse_s).
 //
-// On Hopper it starts while the attention kernel ends, and waits for it. One warp per (row, head). Lanes first share the splits out for the weights, then the columns.
+// On Hopper it starts while the attention kernel ends, and waits for it. One warp per (row, head). Lanes first share
+// the splits out for the weights, then the columns.
 #include "launch_check.h"
 #include "numeric.h"
 #include "tile_scheduler.h"

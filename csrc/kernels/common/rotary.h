@@ -68,9 +68,8 @@ __device__ __forceinline__ void load_floats(const float* p, float (&x)[4]) {
 // Rotates the columns `a` and those half_dim further on, `b`; the results may take their place.
 template <class Out, int kColumns, class Element>
 __device__ __forceinline__ void rotate_columns(const RotaryRow<Element>& row, int32_t column,
-                                               const Columns<Element, kColumns>& a,
-                                               const Columns<Element, kColumns>& b, Columns<Out, kColumns>& first,
-                                               Columns<Out, kColumns>& second) {
+                                               const Columns<Element, kColumns>& a, const Columns<Element, kColumns>& b,
+                                               Columns<Out, kColumns>& first, Columns<Out, kColumns>& second) {
   CUTE_UNROLL
   for (int at = 0; at < kColumns; at += 4) {
     float cos[4], sin[4];

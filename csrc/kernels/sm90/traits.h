@@ -19,8 +19,8 @@ enum class Variant {
   Default,
   Unordered,  ///< warpgroups issue their products as they come
   PerTile,    ///< a CTA for every tile, instead of as many as the device holds
-  Tall,       ///< three consumers, 192 rows
-  Wide,       ///< blocks of 176 keys
+  Tall,       ///< three consumers, 192 rows, blocks of 96 keys; head_dim 64
+  Wide,       ///< blocks of 144 keys; head_dim 64: 176
 };
 
 constexpr const char* name_of(Variant variant) {
@@ -49,12 +49,16 @@ struct PrefillTraits {
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kConsumerThreads = 128 * kConsumers;
   static constexpr int kBlockM = 64 * kConsumers;
-  static constexpr int kBlockN = kVariant == Variant::Wide ? 176 : kHeadDim <= 128 ? 128 : 64;
+  static constexpr int kBlockN = kVariant == Variant::Tall   ? 96
+                                 : kVariant == Variant::Wide ? (kHeadDim <= 64 ? 176 : 144)
+                                 : kHeadDim <= 128           ? 128
+                                                             : 64;
   static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 96 ? 3 : 2;
   static constexpr int kTileSlots = 2;
   static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
-  static constexpr int kQueryPairsAhead = kHeadDim <= 128 ? 4 : 2;
+  static constexpr bool kFewRegistersLeft = kVariant == Variant::Tall || kVariant == Variant::Wide;
+  static constexpr int kQueryPairsAhead = kFewRegistersLeft ? 1 : kHeadDim <= 128 ? 4 : 2;
   /// Turns pay where a block's products take as long as its softmax. At head_dim 256 they take four times that.
   static constexpr bool kOrdered = kVariant != Variant::Unordered && kHeadDim <= 128;
   static constexpr bool kPersistent = kVariant != Variant::PerTile;

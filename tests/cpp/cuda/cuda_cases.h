@@ -49,7 +49,7 @@ class CudaKernelTest : public ::testing::TestWithParam<KernelCase> {
     // A variant that the environment asks for takes the place of its architecture.
     const std::string architecture = std::get<2>(GetParam());
     if (before_.rfind(architecture + ":", 0) != 0) setenv(kVariable, architecture.c_str(), 1);
-    const std::string why = missing_kernel(shape());
+    const std::string why = missing_kernel(needed());
     if (!why.empty()) GTEST_SKIP() << why;
   }
 
@@ -60,6 +60,9 @@ class CudaKernelTest : public ::testing::TestWithParam<KernelCase> {
       setenv(kVariable, before_.c_str(), 1);
     }
   }
+
+  /// A shape whose kernel the tests need.
+  virtual ProblemShape needed() const { return shape(); }
 
   ProblemShape shape() const {
     ProblemShape s;

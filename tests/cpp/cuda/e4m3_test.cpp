@@ -13,10 +13,7 @@ const std::vector<int32_t> kLengths = {1, 2, 16, 17, 23, 24, 25, 32, 33, 48, 49,
 
 class CudaE4M3 : public CudaKernelTest {
  protected:
-  void SetUp() override {
-    const std::string why = missing_kernel(cached(1, 1));
-    if (!why.empty()) GTEST_SKIP() << why;
-  }
+  ProblemShape needed() const override { return cached(1, 1); }
 
   ProblemShape cached(int32_t group, int32_t seqlen_q) const {
     ProblemShape s = shape(group);
@@ -150,7 +147,7 @@ TEST_P(CudaE4M3, TheKernelSaysWhatItReads) {
   EXPECT_EQ(kernel.substr(kernel.size() - 5), "/e4m3");
 }
 
-DCA_INSTANTIATE_KERNEL_TESTS(CudaE4M3, 64, 80, 96, 128, 192, 256);
+DCA_TEST_SM80(CudaE4M3, 64, 80, 96, 128, 192, 256);
 
 // --- Append ---
 
