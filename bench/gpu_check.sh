@@ -232,7 +232,9 @@ append $small --page-size=64
 merge $small
 prefill --heads=32 --kv-heads=8 --seqlen=16384
 prefill --heads=64 --kv-heads=8 --seqlen=16384
+prefill --heads=32 --kv-heads=8 --head-dim=64 --seqlen=16384
 prefill --heads=32 --kv-heads=8 --seqlen=65536 --repeat=5
+prefill --heads=32 --kv-heads=8 --seqlen=131072 --repeat=3
 decode --heads=64 --kv-heads=8 --seqlen=131072
 decode --heads=64 --kv-heads=8 --seqlen=131072 --page-size=64
 decode --heads=64 --kv-heads=8 --seqlen=32768 --batch=32
@@ -240,6 +242,7 @@ decode --heads=64 --kv-heads=8 --seqlen=131072 --cache-dtype=e4m3
 decode --heads=64 --kv-heads=8 --seqlen=32768 --batch=32 --cache-dtype=e4m3
 append --kv-heads=8 --seqlen=131072
 merge --heads=32 --seqlen=32768
+prefill --heads=32 --kv-heads=8 --seqlen=1048576 --repeat=1 --warmup=0
 LINES
   rm -f "$out/dca_bench.tmp"
   return "$failed"

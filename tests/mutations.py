@@ -119,8 +119,8 @@ MUTATIONS = [
     Mutation(
         "append: values go to the slot before",
         COMMON + "rotate.cu",
-        "Element* const value = row_of<Element>(p.v_cache, batch, slot, head);",
-        "Element* const value = row_of<Element>(p.v_cache, batch, slot > 0 ? slot - 1 : slot, head);",
+        "Cached* const value = row_of<Cached>(p.v_cache, batch, slot, head);",
+        "Cached* const value = row_of<Cached>(p.v_cache, batch, slot > 0 ? slot - 1 : slot, head);",
     ),
     Mutation(
         "e4m3: Q keeps the order of its columns",

@@ -37,8 +37,8 @@ class Consumer {
         clear_rows_without_position<Element>(args_, tile, thread_, Traits::kConsumerThreads);
       }
       if (!tile.empty()) compute(tile);
-      __syncwarp();
       at.count = slot.count;  // as it was, but not kept in a register meanwhile
+      __syncwarp();           // all lanes are done with the slot
       release(shared_.tile_empty[at.stage()]);
     }
     Turns::end(warpgroup());
@@ -46,6 +46,18 @@ class Consumer {
   }
 
  private:
+  // What a thread holds of the warpgroup's 64 rows.
+  struct Fragments {
+    decltype(partition_fragment_C(MmaPv{}, Shape<Int<kBlockM>, Int<kHeadDim>>{})) acc_o;
+    decltype(partition_fragment_C(MmaQk{}, Shape<Int<kBlockM>, Int<kBlockN>>{})) acc_s;
+    decltype(make_tensor<Element>(acc_s.layout())) weights;  ///< of the block before, rounded
+
+    __device__ auto o() { return make_tensor(acc_o.data(), as_rows_and_columns(acc_o.layout())); }
+    __device__ auto s() { return make_tensor(acc_s.data(), as_rows_and_columns(acc_s.layout())); }
+    __device__ auto p() { return make_tensor(weights.data(), as_operand_a(weights.layout())); }
+    __device__ void keep_weights() { copy(convert_fragment<Element>(acc_s), weights); }
+  };
+
   // S = Q K^T of a block is issued before O += P V of the block before it, whose products then run under this block's
   // softmax. The first block has none before it.
   __device__ void compute(const WorkTile& tile) {
@@ -54,56 +66,20 @@ class Consumer {
     if (block.count > 0) rotate_queries(tile, block.segment);
 
     const float scale_log2 = LogitScale::of(tile.scale).magnitude_log2;
-    auto acc_o = partition_fragment_C(MmaPv{}, Shape<Int<kBlockM>, Int<kHeadDim>>{});
-    clear(acc_o);
-    auto o = make_tensor(acc_o.data(), as_rows_and_columns(acc_o.layout()));
+    Fragments f;
+    clear(f.acc_o);
+    auto o = f.o();
+    auto s = f.s();
     OnlineSoftmax<kThreadRows> softmax;
-
-    MmaQk mma_qk;
-    MmaPv mma_pv;
-    const auto thr_qk = mma_qk.get_slice(warpgroup() * 128);  // descriptors are the same for all threads
-    const auto thr_pv = mma_pv.get_slice(warpgroup() * 128);
-    auto acc_s = partition_fragment_C(MmaQk{}, Shape<Int<kBlockM>, Int<kBlockN>>{});
-    auto s = make_tensor(acc_s.data(), as_rows_and_columns(acc_s.layout()));
-    auto weights = make_tensor<Element>(acc_s.layout());
-    const auto tOrP = make_tensor(weights.data(), as_operand_a(weights.layout()));
-
-    const auto issue_qk = [&] {
-      warpgroup_fence_operand(weights);  // nothing may define them between this product and the next
-      const auto sQ = make_tensor(make_smem_ptr(made_anew(shared_.q)), typename Traits::SmemQ{});
-      const auto sK = make_tensor(make_smem_ptr(made_anew(shared_.k)), typename Traits::SmemKvRing{});
-      const auto tSrQ = thr_qk.partition_fragment_A(sQ);
-      const auto tSrK = thr_qk.partition_fragment_B(sK);
-      issue_product<true>(mma_qk, tSrQ, tSrK(_, _, _, at_.stage()), acc_s);
-    };
-    const auto issue_pv = [&] {
-      const auto sVt = make_tensor(make_smem_ptr(made_anew(shared_.v)), typename Traits::SmemVtRing{});
-      const auto tOrV = thr_pv.partition_fragment_B(sVt);
-      issue_product<false>(mma_pv, tOrP, tOrV(_, _, _, at_.before().stage()), acc_o);
-    };
-
-    const auto finish_qk = [&] {
-      warpgroup_fence_operand(acc_s);
-      release(shared_.k_empty[at_.stage()]);
-      if (tile.ranges.needs_mask(block, kBlockN)) {
-        mask_block(s, coordinates<kBlockN>(mma_qk), args_, tile, block, first_key_of(tile, block, kBlockN));
-      }
-    };
-    const auto finish_pv = [&] {
-      warpgroup_wait<0>();
-      warpgroup_fence_operand(acc_o);
-      release(shared_.v_empty[at_.before().stage()]);
-    };
-
     if (block.count > 0) {
       wait_for_keys();
       Turns::take(warpgroup());
-      issue_qk();
+      issue_qk(f);
       Turns::pass(warpgroup());
       warpgroup_wait<0>();
-      finish_qk();
+      finish_qk(f, tile, block);
       softmax.advance(s, scale_log2);  // O is still 0
-      copy(convert_fragment<Element>(acc_s), weights);
+      f.keep_weights();
       at_.advance();
       for (;;) {
         wait_for_values(tile, block);
@@ -113,23 +89,58 @@ class Consumer {
         if (block.segment != before) rotate_queries(tile, block.segment);
         wait_for_keys();
         Turns::take(warpgroup());
-        issue_qk();
-        issue_pv();
+        issue_qk(f);
+        issue_pv(f);
         Turns::pass(warpgroup());
         warpgroup_wait<1>();  // the logits; the values' products go on
-        finish_qk();
+        finish_qk(f, tile, block);
         const auto rescale = softmax.advance(s, scale_log2);
         stay_in_front(softmax);
-        finish_pv();
+        finish_pv(f);
         softmax.apply(rescale, o);
-        copy(convert_fragment<Element>(acc_s), weights);
+        f.keep_weights();
         at_.advance();
       }
-      issue_pv();
-      finish_pv();
+      issue_pv(f);
+      finish_pv(f);
     }
     softmax.finish();
-    store(tile, acc_o, o, softmax, coordinates<kHeadDim>(mma_pv), scale_log2);
+    store(tile, f.acc_o, o, softmax, coordinates<kHeadDim>(MmaPv{}), scale_log2);
+  }
+
+  // --- Products ---
+
+  __device__ __forceinline__ void issue_qk(Fragments& f) const {
+    warpgroup_fence_operand(f.weights);  // nothing may define them between this product and the next
+    MmaQk mma;
+    const auto thr_mma = mma.get_slice(warpgroup() * 128);  // descriptors are the same for all threads
+    const auto sQ = make_tensor(make_smem_ptr(made_anew(shared_.q)), typename Traits::SmemQ{});
+    const auto sK = make_tensor(make_smem_ptr(made_anew(shared_.k)), typename Traits::SmemKvRing{});
+    const auto tSrQ = thr_mma.partition_fragment_A(sQ);
+    const auto tSrK = thr_mma.partition_fragment_B(sK);
+    issue_product<true>(mma, tSrQ, tSrK(_, _, _, at_.stage()), f.acc_s);
+  }
+
+  __device__ __forceinline__ void issue_pv(Fragments& f) const {
+    MmaPv mma;
+    const auto sVt = make_tensor(make_smem_ptr(made_anew(shared_.v)), typename Traits::SmemVtRing{});
+    const auto tOrV = mma.get_slice(warpgroup() * 128).partition_fragment_B(sVt);
+    issue_product<false>(mma, f.p(), tOrV(_, _, _, at_.before().stage()), f.acc_o);
+  }
+
+  // After the wait for it.
+  __device__ __forceinline__ void finish_qk(Fragments& f, const WorkTile& tile, const KeyBlock& block) const {
+    warpgroup_fence_operand(f.acc_s);
+    release(shared_.k_empty[at_.stage()]);
+    if (!tile.ranges.needs_mask(block, kBlockN)) return;
+    auto s = f.s();
+    mask_block(s, coordinates<kBlockN>(MmaQk{}), args_, tile, block, first_key_of(tile, block, kBlockN));
+  }
+
+  __device__ __forceinline__ void finish_pv(Fragments& f) const {
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(f.acc_o);
+    release(shared_.v_empty[at_.before().stage()]);
   }
 
   __device__ auto smem_q() const { return make_tensor(make_smem_ptr(shared_.q), typename Traits::SmemQ{}); }
