@@ -379,7 +379,7 @@ for step in memcheck racecheck; do
   fi
 done
 if [ -x "$tree/bench/cpp/dca_bench" ]; then
-  run_step dca_bench 120
+  run_step dca_bench 150
   run_step dca_bench_sm80 30
   if [ -n "$variants" ]; then run_step variants 90; fi
 else
