@@ -81,6 +81,13 @@ TEST_P(CudaPrefill, MoreTilesThanADeviceHolds) {
   s.ragged_q = true;
   s.keys = KeyLayout::Ragged;
   expect_matches_reference(s);
+  // Whole tiles: the next one begins while the results of the last are on their way.
+  s = shape(1);
+  s.num_heads = 140;
+  s.num_heads_kv = 1;
+  s.chunk = {128, 150};
+  s.kv_lens = {128};
+  expect_matches_reference(s);
 }
 
 // Tiles of whole rows and cut ones side by side, in pages of which a block takes one, several, or a part.
