@@ -2,6 +2,7 @@
 //
 // On Hopper it starts while the attention kernel ends, and waits for it. One warp per (row, head). Lanes first share
 // the splits out for the weights, then the columns.
+#include "dependent_launch.h"
 #include "launch_check.h"
 #include "numeric.h"
 #include "tile_scheduler.h"

@@ -31,20 +31,6 @@ Status allow_shared_memory(Kernel* kernel, int bytes, std::atomic<uint64_t>& pre
   return cuda_status("attention", error);
 }
 
-/// Whether a kernel of this build waits by itself for the kernel before it in the stream, as kernels do that begin with
-/// wait_for_previous_kernel() and were compiled for compute capability 9.0 or newer.
-template <class Kernel>
-bool waits_by_itself(Kernel* kernel, std::atomic<int>& known) {
-  int answer = known.load(std::memory_order_relaxed);
-  if (answer < 0) {
-    cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
-    answer = error == cudaSuccess && attributes.ptxVersion >= 90 ? 1 : 0;
-    known.store(answer, std::memory_order_relaxed);
-  }
-  return answer == 1;
-}
-
 /// kernel<<<num_ctas, threads, shared_bytes, stream>>>(args), checked. `early`: it may start while the kernel before it
 /// in the stream ends (programmatic dependent launch).
 template <class Args>

@@ -40,20 +40,6 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-/// Waits until the kernel before this one in the stream is complete, for kernels that are launched early.
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-/// Lets a kernel that is launched early take its place once all CTAs have come here.
-__device__ __forceinline__ void admit_next_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
 /// 16 bytes of elements.
 template <class Element>
 using Vec16 = cute::array_aligned<Element, 16 / sizeof(Element), 16>;

@@ -12,6 +12,7 @@
 // scales are factors on the logits and on the rows of O.
 #pragma once
 
+#include "dependent_launch.h"
 #include "e4m3_products.h"
 #include "mainloop.h"
 #include "output_rows.h"

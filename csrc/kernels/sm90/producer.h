@@ -49,6 +49,7 @@ class Producer {
     for (int32_t index = tiles.next(); index >= 0; index = tiles.next()) {
       EmptyBarrier::wait(&shared_.tile_empty[slot.stage()], slot.phase_before());
       WorkTile& tile = shared_.tiles[slot.stage()].tile;
+      __syncwarp();  // all lanes have seen that the tile before was empty, if it was
       if (lane_ == 0) tile.assign(args_.attention, index);
       __syncwarp();
       if (tile.empty() && !tile.first_of_sequence) continue;
