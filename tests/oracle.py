@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import dca_ext
 from dca_ext import DCAConfig, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,6 +61,11 @@ def assert_close(out: Tensor, oracle: Tensor, baseline: Tensor | None = None) ->
         assert baseline is not None, "low precision needs the baseline"
         allowed = 2 * (baseline.double() - oracle).abs().max().item() + 2 * ulp(largest, out.dtype)
     assert error <= allowed, f"max error {error:.3e}, allowed {allowed:.3e}"
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether prefill tiles on this CPU multiply numbers of ``dtype`` themselves, so that queries are rounded to it."""
+    return dtype == torch.bfloat16 and dca_ext.build_info()["cpu_isa"].endswith("bf16")
 
 
 def assert_lse_close(lse: Tensor, oracle: Tensor, *, dtype: torch.dtype = torch.float32) -> None:

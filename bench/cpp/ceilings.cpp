@@ -41,11 +41,13 @@ typedef float Vec16 __attribute__((vector_size(64)));
 
 template <class Vec>
 [[gnu::always_inline]] inline float fma_chains() {
-  volatile float factor = 0.999f;  // unknown to the compiler, and no subnormals on the way
+  // Unknown to the compiler, and no subnormals on the way. Chains that start alike would become one.
+  volatile float factor = 0.999f;
   const float scalar = factor;
   const Vec x = scalar - Vec{};
   const Vec y = (1.0f - scalar) - Vec{};
-  Vec acc[kChains] = {};
+  Vec acc[kChains];
+  for (int i = 0; i < kChains; ++i) acc[i] = factor - Vec{};
   for (int64_t step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 12
     for (int i = 0; i < kChains; ++i) acc[i] = acc[i] * x + y;

@@ -1,11 +1,9 @@
 // Dual Chunk Attention on the CPU: one pass over the keys with one online softmax (An et al. 2024, section 3).
 //
-// A task is (sequence, KV head, query tile, key split). The tile holds up to block_m positions of one chunk, for every
-// query head of the group, so that K and V are read once for all of them. It walks its keys intra -> successive ->
-// inter; only Q is rotated anew in between, so one running (max, sum, O) per row goes through all three.
-//
-// Two strategies share the walk: many rows pack each key block and work in strips that keep the logits in L1
-// ("tile"); few rows, as in decode, read the keys where they lie ("rows").
+// A task (plan.h) holds up to block_m positions of one chunk for every query head of a KV head, so that K and V are
+// read once for all of them. It walks its keys intra -> successive -> inter; only Q is rotated anew in between, so one
+// running (max, sum, O) per row goes through all three. Tasks of many rows pack each key block (tile_walk.h); tasks of
+// few, as in decode, read the keys where they lie (row_walk.h).
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -13,100 +11,30 @@
 #include <vector>
 
 #include "backends.h"
-#include "cache_rows.h"
 #include "combine.h"
 #include "heuristics.h"
 #include "micro_kernels.h"
+#include "plan.h"
+#include "query_rows.h"
+#include "row_walk.h"
 #include "threading.h"
+#include "tile_walk.h"
 
 namespace dca::cpu {
 namespace {
-
-constexpr int32_t kStripRows = 24;  // logits of a strip: 24 x 128 x 4 bytes = 12 KiB
-constexpr float kLog2E = 1.44269504f;
-constexpr float kLn2 = 0.693147181f;
-constexpr int64_t kAlignment = 64;
-constexpr int64_t kMinMacsPerThread = 100000;  // some 5 microseconds
 
 template <class T>
 constexpr T round_up(T x, T multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
 
-struct Task {
-  int32_t b;
-  int32_t kv_head;
-  int32_t q_begin;  // logical positions [q_begin, q_end) of one chunk
-  int32_t q_end;
-  int32_t split;
-  KeyRange window;  // logical keys of this split
-
-  int64_t num_pairs() const { return static_cast<int64_t>(q_end - q_begin) * window.size(); }
-};
-
-struct Plan {
-  CpuTileShape shape;
-  int32_t num_splits = 1;
-  std::vector<Task> tasks;  // longest first
-
-  /// Threads that the work repays: at least kMinMacsPerThread multiply-adds for each.
-  int64_t max_workers(const AttentionParams& p) const {
-    int64_t num_pairs = 0;
-    for (const Task& task : tasks) num_pairs += task.num_pairs();
-    return 1 + num_pairs * (p.num_heads / p.num_heads_kv) * 2 * p.head_dim / kMinMacsPerThread;
-  }
-};
-
-// --- The plan ---
-
 int64_t total_rows(const AttentionParams& p) {
   return p.cu_seqlens_q != nullptr ? p.total_q : static_cast<int64_t>(p.batch) * p.seqlen_q;
 }
 
-template <class Visit>
-void for_each_tile(const AttentionParams& p, int32_t block_m, Visit&& visit) {
-  for (int32_t b = 0; b < p.batch; ++b) {
-    const SeqlenInfo info = SeqlenInfo::of(p, b);
-    for (int32_t begin = info.position(info.first_row); begin < info.kv_len;) {
-      const int32_t end = p.chunk.tile_end(begin, block_m, info.kv_len);
-      visit(b, begin, end);
-      begin = end;
-    }
-  }
-}
-
-int32_t choose_num_splits(const AttentionParams& p, CpuTileShape shape) {
-  if (p.num_splits > 0) return p.num_splits;
-  int64_t num_tiles = 0;
-  int32_t longest = 0;
-  for_each_tile(p, shape.block_m, [&](int32_t, int32_t, int32_t end) {
-    num_tiles += p.num_heads_kv;
-    longest = std::max(longest, end);
-  });
-  return cpu_num_splits(num_tiles, threading_of(p.exec).num_threads, longest);
-}
-
-Plan make_plan(const AttentionParams& p) {
-  Plan plan;
-  plan.shape = cpu_tile_shape(p.num_heads / p.num_heads_kv, p.head_dim);
-  plan.num_splits = choose_num_splits(p, plan.shape);
-  for_each_tile(p, plan.shape.block_m, [&](int32_t b, int32_t begin, int32_t end) {
-    const int32_t keys = (end + plan.num_splits - 1) / plan.num_splits;
-    for (int32_t kv_head = 0; kv_head < p.num_heads_kv; ++kv_head) {
-      for (int32_t split = 0; split < plan.num_splits; ++split) {
-        const int64_t first = static_cast<int64_t>(split) * keys;
-        const KeyRange window{static_cast<int32_t>(std::min<int64_t>(first, end)),
-                              static_cast<int32_t>(std::min<int64_t>(first + keys, end))};
-        plan.tasks.push_back({b, kv_head, begin, end, split, window});
-      }
-    }
-  });
-  std::stable_sort(plan.tasks.begin(), plan.tasks.end(),
-                   [](const Task& a, const Task& b) { return a.num_pairs() > b.num_pairs(); });
-  return plan;
-}
-
 // --- Memory ---
+
+constexpr int64_t kAlignment = 64;  // a cache line
 
 struct FreeDeleter {
   void operator()(void* p) const { std::free(p); }
@@ -132,205 +60,42 @@ struct Workspace {
   }
 };
 
-// What one worker needs, in fp32. `dim` is head_dim rounded up to whole vectors.
-struct Scratch {
-  float* q;        // (rows, dim): rotated for the current segment, times all factors on the logits and log2(e)
-  float* o;        // (rows, dim)
-  float* row_max;  // (rows): in base 2
-  float* row_sum;  // (rows)
-  float* panels;   // (block_n, dim) as packed panels
-  float* values;   // (block_n, dim)
-  float* s;        // (max(strip, unpacked rows), block_n)
-
-  static int64_t rows(const AttentionParams& p, CpuTileShape shape) {
-    return static_cast<int64_t>(shape.block_m) * (p.num_heads / p.num_heads_kv);
-  }
-  static int64_t count(const AttentionParams& p, CpuTileShape shape, int64_t dim) {
-    const int64_t per_row = 2 * dim + 2;
-    const int64_t strip = std::max<int64_t>(kStripRows, kCpuMinPackedRows);
-    return round_up<int64_t>(rows(p, shape) * per_row + shape.block_n * (2 * dim + strip), 16);
-  }
-  Scratch(const AttentionParams& p, CpuTileShape shape, int64_t dim, float* memory) {
-    const int64_t n = rows(p, shape);
-    panels = memory;  // the vectors that are read most start on a cache line
-    values = panels + shape.block_n * dim;
-    q = values + shape.block_n * dim;
-    o = q + n * dim;
-    s = o + n * dim;
-    row_max = s + std::max<int64_t>(kStripRows, kCpuMinPackedRows) * shape.block_n;
-    row_sum = row_max + n;
-  }
-};
-
-// --- One tile ---
-
-class Tile {
+// What one worker needs, in floats: the running rows of a task, and the buffers of either walk.
+class Scratch {
  public:
-  Tile(const AttentionParams& p, const MicroKernels& mk, CpuTileShape shape, const Task& task, const Scratch& scratch)
-      : p_(p),
-        mk_(mk),
-        shape_(shape),
-        task_(task),
-        w_(scratch),
-        info_(SeqlenInfo::of(p, task.b)),
-        keys_(p, p.k, info_, task.b, task.kv_head),
-        values_(p, p.v, info_, task.b, task.kv_head),
-        group_(p.num_heads / p.num_heads_kv),
-        positions_(task.q_end - task.q_begin),
-        dim_(round_up(p.head_dim, mk.lanes)),
-        scale_(logit_scale(p, info_, task.b) * kLog2E * p.k_scale.of(task.kv_head)) {}
-
-  void run() {
-    const int32_t rows = group_ * positions_;
-    std::fill_n(w_.o, static_cast<int64_t>(rows) * dim_, 0.0f);
-    std::fill_n(w_.row_max, rows, -INFINITY);
-    std::fill_n(w_.row_sum, rows, 0.0f);
-    // Unpacked keys are read in whole vectors, which must not pass the end of a row.
-    const bool packed = rows >= kCpuMinPackedRows || p_.head_dim % mk_.lanes != 0;
-    for (SegmentIterator it(p_.chunk, task_.q_begin, task_.q_end, p_.segments, task_.window); !it.done(); it.next()) {
-      load_queries(it.segment());
-      const KeyRange keys = it.keys();
-      for (int32_t begin = keys.begin; begin < keys.end; begin += shape_.block_n) {
-        const int32_t n = std::min(shape_.block_n, keys.end - begin);
-        const bool masked = it.needs_mask(begin + n);
-        if (packed) {
-          packed_block(begin, n, masked);
-        } else {
-          unpacked_block(begin, n, masked);
-        }
-      }
-    }
+  Scratch(const AttentionParams& p, const MicroKernels& mk, const Plan& plan)
+      : dim_(round_up(p.head_dim, mk.lanes)),
+        panels_dim_(round_up(p.head_dim, mk.panel)),
+        packed_rows_(round_up<int64_t>(plan.max_packed_rows, kTileRows)),
+        rows_(std::max(packed_rows_, plan.max_unpacked_rows)) {
+    const int64_t tile = packed_rows_ > 0 ? TileBuffers::count(packed_rows_, panels_dim_) : 0;
+    buffers_ = round_up<int64_t>(std::max(tile, RowBuffers::count(plan.max_unpacked_rows, dim_)), 16);
+    per_worker_ = buffers_ + round_up<int64_t>(rows_ * (dim_ + 2), 16);
   }
 
-  /// Calls visit(row of q, head, o (dim), lse, 1 / sum) for each row of the tile.
-  template <class Visit>
-  void for_each_result(Visit&& visit) const {
-    for (int32_t h = 0; h < group_; ++h) {
-      for (int32_t r = 0; r < positions_; ++r) {
-        const int64_t i = static_cast<int64_t>(h) * positions_ + r;
-        const bool empty = w_.row_sum[i] == 0.0f;
-        const float lse = empty ? -INFINITY : (w_.row_max[i] + std::log2(w_.row_sum[i])) * kLn2;
-        float* o = w_.o + i * dim_;
-        const float inverse = empty ? 0.0f : p_.v_scale.of(task_.kv_head) / w_.row_sum[i];
-        for (int32_t c = 0; c < p_.head_dim; ++c) o[c] *= inverse;
-        visit(info_.row(task_.q_begin + r), task_.kv_head * group_ + h, o, lse);
-      }
-    }
+  bool allocate(int32_t num_workers) {
+    memory_ = allocate_floats(per_worker_ * num_workers);
+    return memory_ != nullptr;
   }
+
+  RunningRows running_rows(int32_t worker) const {
+    float* const o = buffers(worker) + buffers_;
+    float* const row_max = o + rows_ * dim_;
+    return {o, dim_, row_max, row_max + rows_};
+  }
+  TileBuffers tile_buffers(int32_t worker) const { return {packed_rows_, panels_dim_, buffers(worker)}; }
+  RowBuffers row_buffers(int32_t worker, int32_t rows) const { return {rows, dim_, buffers(worker)}; }
 
  private:
-  // Q of all heads of the group, rows in the order (head, position), rotated for `segment`.
-  void load_queries(Segment segment) {
-    const int64_t b = p_.cu_seqlens_q != nullptr ? 0 : task_.b;
-    for (int32_t h = 0; h < group_; ++h) {
-      for (int32_t r = 0; r < positions_; ++r) {
-        const int32_t position = task_.q_begin + r;
-        const HeadRows q = head_rows(p_.q.data, p_.dtype, p_.q.stride, b, info_.q_row + info_.row(position),
-                                     task_.kv_head * group_ + h);
-        float* row = w_.q + (static_cast<int64_t>(h) * positions_ + r) * dim_;
-        const int64_t entry = static_cast<int64_t>(p_.chunk.query_position(position, segment)) * p_.rotary.half_dim;
-        mk_.load_row(q.data, p_.dtype, p_.head_dim, row);
-        std::fill(row + p_.head_dim, row + dim_, 0.0f);
-        mk_.rotate_row(row, p_.head_dim, p_.rotary.cos + entry, p_.rotary.sin + entry, p_.rotary.half_dim,
-                       p_.rotary.interleaved, scale_);
-      }
-    }
-  }
+  float* buffers(int32_t worker) const { return memory_.get() + worker * per_worker_; }
 
-  // Keys of [begin, begin + n) that a row of the tile sees.
-  int32_t visible(int32_t row, int32_t begin, int32_t n, bool masked) const {
-    return masked ? std::clamp(task_.q_begin + row % positions_ - begin + 1, 0, n) : n;
-  }
-
-  float* logits(int32_t row) const { return w_.s + static_cast<int64_t>(row) * shape_.block_n; }
-
-  // Turns the logits of rows [first, first + m), which start at w_.s, into weights.
-  void softmax_rows(int32_t first, int32_t m, int32_t begin, int32_t n, bool masked) {
-    for (int32_t row = first; row < first + m; ++row) {
-      const int32_t seen = visible(row, begin, n, masked);
-      if (seen == 0) continue;
-      mk_.softmax_row(logits(row - first), seen, w_.row_max + row, w_.row_sum + row,
-                      w_.o + static_cast<int64_t>(row) * dim_, dim_);
-    }
-  }
-
-  // O += weights * values for rows [first, first + m). On the diagonal the keys that all rows see go together and the
-  // rest row by row, since a weight of 0 does not hide a NaN in a value that the row must not see.
-  void weigh_values(int32_t first, int32_t m, HeadRows values, int32_t begin, int32_t offset, int32_t count,
-                    bool masked) {
-    float* const o = w_.o + static_cast<int64_t>(first) * dim_;
-    int32_t common = count;
-    for (int32_t row = first; masked && row < first + m; ++row) {
-      common = std::min(common, visible(row, begin + offset, count, masked));
-    }
-    mk_.pv(w_.s + offset, shape_.block_n, m, values, common, dim_, o, dim_);
-    for (int32_t row = 0; masked && row < m; ++row) {
-      const int32_t rest = visible(first + row, begin + offset, count, masked) - common;
-      mk_.pv(logits(row) + offset + common, shape_.block_n, 1, values.from(common), rest, dim_,
-             o + static_cast<int64_t>(row) * dim_, dim_);
-    }
-  }
-
-  void load_block(const CacheRows& rows, int32_t begin, int32_t n, float* block) {
-    rows.for_each_run(begin, n, [&](HeadRows run, int32_t offset, int32_t count) {
-      for (int32_t j = 0; j < count; ++j) {
-        float* row = block + static_cast<int64_t>(offset + j) * dim_;
-        mk_.load_row(run.from(j).data, run.dtype, p_.head_dim, row);
-        std::fill(row + p_.head_dim, row + dim_, 0.0f);
-      }
-    });
-  }
-
-  void pack_keys(int32_t begin, int32_t n) {
-    if (keys_.contiguous()) {
-      keys_.for_each_run(
-          begin, n, [&](HeadRows run, int32_t, int32_t count) { mk_.pack_keys(run, count, p_.head_dim, w_.panels); });
-    } else {  // pages may end inside a panel: gather first, where the values will come afterwards
-      load_block(keys_, begin, n, w_.values);
-      mk_.pack_keys({w_.values, dim_, DType::Float32}, n, p_.head_dim, w_.panels);
-    }
-  }
-
-  void packed_block(int32_t begin, int32_t n, bool masked) {
-    pack_keys(begin, n);
-    load_block(values_, begin, n, w_.values);
-    const HeadRows values{w_.values, dim_, DType::Float32};
-    const int32_t rows = group_ * positions_;
-    for (int32_t first = 0; first < rows; first += kStripRows) {
-      const int32_t m = std::min(kStripRows, rows - first);
-      int32_t n_strip = 0;
-      for (int32_t row = first; row < first + m; ++row) n_strip = std::max(n_strip, visible(row, begin, n, masked));
-      if (n_strip == 0) continue;
-      float* const q = w_.q + static_cast<int64_t>(first) * dim_;
-      mk_.qk_packed(q, dim_, m, w_.panels, n_strip, p_.head_dim, w_.s, shape_.block_n);
-      softmax_rows(first, m, begin, n_strip, masked);
-      weigh_values(first, m, values, begin, 0, n_strip, masked);
-    }
-  }
-
-  void unpacked_block(int32_t begin, int32_t n, bool masked) {
-    const int32_t rows = group_ * positions_;
-    keys_.for_each_run(begin, n, [&](HeadRows run, int32_t offset, int32_t count) {
-      mk_.qk_rows(w_.q, dim_, rows, run, count, dim_, w_.s + offset, shape_.block_n);
-    });
-    softmax_rows(0, rows, begin, n, masked);
-    values_.for_each_run(begin, n, [&](HeadRows run, int32_t offset, int32_t count) {
-      weigh_values(0, rows, run, begin, offset, count, masked);
-    });
-  }
-
-  const AttentionParams& p_;
-  const MicroKernels& mk_;
-  const CpuTileShape shape_;
-  const Task& task_;
-  const Scratch w_;
-  const SeqlenInfo info_;
-  const CacheRows keys_;
-  const CacheRows values_;
-  const int32_t group_;
-  const int32_t positions_;
-  const int32_t dim_;
-  const float scale_;
+  int64_t dim_;
+  int64_t panels_dim_;
+  int64_t packed_rows_;
+  int64_t rows_;
+  int64_t buffers_;
+  int64_t per_worker_;
+  Buffer memory_;
 };
 
 // --- Results ---
@@ -401,11 +166,29 @@ void combine_splits(const AttentionParams& p, const MicroKernels& mk, int32_t nu
   }
 }
 
+// Runs one task and hands over each of its rows: visit(row of q, head, out (head_dim), lse).
+template <class Visit>
+void run_task(const AttentionParams& p, const MicroKernels& mk, const Task& task, const Scratch& scratch,
+              int32_t worker, Visit&& visit) {
+  const SeqlenInfo info = SeqlenInfo::of(p, task.b);
+  const QueryRows rows(p, mk, info, task);
+  const RunningRows state = scratch.running_rows(worker);
+  if (task.packed) {
+    TileWalk(p, mk, info, task, rows, scratch.tile_buffers(worker), state).run();
+  } else {
+    RowWalk(p, mk, info, task, rows, scratch.row_buffers(worker, rows.count()), state).run();
+  }
+  for (int32_t row = 0; row < rows.count(); ++row) {
+    const float lse = state.finish(row, p.head_dim, p.v_scale.of(rows.kv_head(row)));
+    visit(info.row(rows.position(row)), rows.head(row), state.row(row), lse);
+  }
+}
+
 }  // namespace
 
 Status attention(const AttentionParams& p) {
   const MicroKernels& mk = *micro_kernels();
-  const Plan plan = make_plan(p);
+  const Plan plan = make_plan(p, mk.lanes);
   const Output output(p);
 
   Buffer owned;
@@ -415,11 +198,9 @@ Status attention(const AttentionParams& p) {
     owned = allocate_floats(workspace_count);
     memory = owned.get();
   }
-  const int64_t dim = round_up(p.head_dim, mk.lanes);
-  const int64_t scratch_count = Scratch::count(p, plan.shape, dim);
   const Threading& threading = threading_of(p.exec);
-  const Buffer scratch = allocate_floats(scratch_count * threading.num_threads);
-  if (scratch == nullptr || (workspace_count > 0 && memory == nullptr)) {
+  Scratch scratch(p, mk, plan);
+  if (!scratch.allocate(threading.num_threads) || (workspace_count > 0 && memory == nullptr)) {
     return {StatusCode::OutOfMemory, "attention: not enough memory for the CPU kernel's scratch buffers"};
   }
   const Workspace workspace(p, plan.num_splits, memory);
@@ -431,9 +212,7 @@ Status attention(const AttentionParams& p) {
       [&](int64_t index, int32_t worker) {
         const Task& task = plan.tasks[static_cast<size_t>(index)];
         const SeqlenInfo info = SeqlenInfo::of(p, task.b);
-        Tile tile(p, mk, plan.shape, task, Scratch(p, plan.shape, dim, scratch.get() + worker * scratch_count));
-        tile.run();
-        tile.for_each_result([&](int32_t r, int32_t head, const float* o, float lse) {
+        run_task(p, mk, task, scratch, worker, [&](int32_t r, int32_t head, const float* o, float lse) {
           if (plan.num_splits == 1) {
             mk.store_row(o, p.dtype, p.head_dim, output.row(info, task.b, r, head));
             output.store_lse(info, task.b, r, head, lse);
@@ -444,14 +223,13 @@ Status attention(const AttentionParams& p) {
           }
         });
       },
-      plan.max_workers(p));
+      plan.max_workers);
   if (plan.num_splits > 1) combine_splits(p, mk, plan.num_splits, workspace, output);
   return {};
 }
 
 size_t attention_workspace_bytes(const AttentionParams& p) {
-  const CpuTileShape shape = cpu_tile_shape(p.num_heads / p.num_heads_kv, p.head_dim);
-  return static_cast<size_t>(Workspace::count(p, choose_num_splits(p, shape))) * sizeof(float);
+  return static_cast<size_t>(Workspace::count(p, choose_num_splits(p, micro_kernels()->lanes))) * sizeof(float);
 }
 
 std::string describe_attention(const AttentionParams& p) {
@@ -459,8 +237,7 @@ std::string describe_attention(const AttentionParams& p) {
   const int32_t group = p.num_heads / p.num_heads_kv;
   const int32_t block_m = cpu_tile_shape(group, p.head_dim).block_m;
   const int32_t rows = group * std::min({block_m, p.seqlen_q, p.chunk.chunk_len});
-  const bool packed = rows >= kCpuMinPackedRows || p.head_dim % mk.lanes != 0;
-  return std::string("cpu/") + mk.isa + (packed ? "/tile" : "/rows");
+  return std::string("cpu/") + mk.isa + (packs_keys(rows, p.head_dim, mk.lanes) ? "/tile" : "/rows");
 }
 
 const char* isa() { return micro_kernels() != nullptr ? micro_kernels()->isa : nullptr; }

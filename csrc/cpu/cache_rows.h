@@ -14,44 +14,44 @@ inline HeadRows head_rows(const void* data, DType dtype, Strides stride, int64_t
   return {static_cast<const char*>(data) + offset * static_cast<int64_t>(element_size(dtype)), stride.row, dtype};
 }
 
-/// The keys or the values of one sequence and KV head, addressed by logical position.
+/// `count` neighbouring rows of a cache that hold the keys or the values from `offset` on of some block.
+struct RowRun {
+  int64_t batch;  ///< or the page
+  int64_t row;
+  int32_t offset;
+  int32_t count;
+};
+
+/// Where the logical keys of one sequence lie, in K and in V alike.
 class CacheRows {
  public:
-  CacheRows(const AttentionParams& p, const ConstTensorRef& cache, const SeqlenInfo& info, int32_t b, int32_t head)
-      : cache_(cache), dtype_(dtype_of_cache(p)), leftpad_(info.leftpad), row_(info.k_row), b_(b), head_(head) {
+  CacheRows(const AttentionParams& p, const SeqlenInfo& info, int32_t b)
+      : first_row_(info.k_row + info.leftpad), b_(p.cu_seqlens_k != nullptr ? 0 : b) {
     if (p.pages.page_table != nullptr) {
       pages_ = p.pages.page_table + b * p.pages.stride_batch;
       page_size_ = p.pages.page_size;
     }
-    if (p.cu_seqlens_k != nullptr) b_ = 0;
   }
 
-  /// Calls run(rows, offset, count) for each contiguous piece of the logical keys [begin, begin + n).
-  template <class Run>
-  void for_each_run(int32_t begin, int32_t n, Run&& run) const {
-    const int64_t slot = static_cast<int64_t>(begin) + leftpad_;
-    if (pages_ == nullptr) {
-      run(head_rows(cache_.data, dtype_, cache_.stride, b_, row_ + slot, head_), 0, n);
-      return;
-    }
+  /// Calls visit(run) for the logical keys [begin, begin + n), in order, in runs of at most max_count.
+  template <class Visit>
+  void for_each_run(int32_t begin, int32_t n, int32_t max_count, Visit&& visit) const {
     for (int32_t offset = 0; offset < n;) {
-      const int64_t page = (slot + offset) / page_size_;
-      const int32_t within = static_cast<int32_t>((slot + offset) % page_size_);
-      const int32_t count = std::min(n - offset, page_size_ - within);
-      run(head_rows(cache_.data, dtype_, cache_.stride, pages_[page], within, head_), offset, count);
-      offset += count;
+      RowRun run{b_, first_row_ + begin + offset, offset, std::min(n - offset, max_count)};
+      if (pages_ != nullptr) {
+        const int32_t within = static_cast<int32_t>(run.row % page_size_);
+        run.batch = pages_[run.row / page_size_];
+        run.row = within;
+        run.count = std::min(run.count, page_size_ - within);
+      }
+      visit(run);
+      offset += run.count;
     }
   }
-
-  bool contiguous() const { return pages_ == nullptr; }
 
  private:
-  ConstTensorRef cache_;
-  DType dtype_;
-  int32_t leftpad_;
-  int64_t row_;
+  int64_t first_row_;
   int64_t b_;
-  int32_t head_;
   const int32_t* pages_ = nullptr;
   int32_t page_size_ = 0;
 };

@@ -10,20 +10,33 @@ namespace {
 struct Candidate {
   const MicroKernels* kernels;
   bool supported;
+  bool by_default;
 };
+
+#if defined(DCA_CPU_HAS_X86)
+bool supports_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
 
 const MicroKernels* choose() {
   const Candidate candidates[] = {
-#if defined(DCA_CPU_HAS_X86)
-    {&kMicroKernelsAvx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-    {&kMicroKernelsAvx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#if defined(DCA_CPU_HAS_AVX512_BF16)
+    {&kMicroKernelsAvx512BFloat16, supports_avx512() && __builtin_cpu_supports("avx512bf16"), true},
 #endif
-    {&kMicroKernelsPortable, true},
+#if defined(DCA_CPU_HAS_X86)
+    {&kMicroKernelsAvx512, supports_avx512(), true},
+    {&kMicroKernelsAvx2,
+     __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"), true},
+#endif
+    {&kMicroKernelsPortable, true, true},
+    {&kMicroKernelsPortableBFloat16, true, false},
   };
   const char* forced = std::getenv("DCA_CPU_ISA");
+  const bool any = forced == nullptr || *forced == '\0';
   for (const Candidate& candidate : candidates) {
-    const bool wanted = forced == nullptr || *forced == '\0' || std::strcmp(forced, candidate.kernels->isa) == 0;
+    const bool wanted = any ? candidate.by_default : std::strcmp(forced, candidate.kernels->isa) == 0;
     if (wanted && candidate.supported) return candidate.kernels;
   }
   return nullptr;
@@ -37,11 +50,14 @@ const MicroKernels* micro_kernels() {
 }
 
 const char* compiled_instruction_sets() {
-#if defined(DCA_CPU_HAS_X86)
-  return "avx512, avx2, portable";
-#else
-  return "portable";
+  return
+#if defined(DCA_CPU_HAS_AVX512_BF16)
+      "avx512_bf16, "
 #endif
+#if defined(DCA_CPU_HAS_X86)
+      "avx512, avx2, "
+#endif
+      "portable, portable_bf16";
 }
 
 }  // namespace dca::cpu

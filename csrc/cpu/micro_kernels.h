@@ -1,7 +1,7 @@
 // The inner products of the CPU backend behind one interface. micro_kernels.inc is the only implementation; it is
 // compiled once per instruction set, and the best one that the machine can run is chosen at run time.
 //
-// All floating-point work is fp32. Row-major matrices come as pointer and row stride in elements.
+// All sums are fp32. Row-major matrices come as pointer and row stride in elements.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +9,9 @@
 #include "dca/params.h"
 
 namespace dca::cpu {
+
+inline constexpr int32_t kBlockKeys = 128;  ///< keys that a tile packs at a time; the row stride of its logits
+inline constexpr int32_t kTileRows = 6;     ///< rows of a product in registers: 6 x 2 sums, 2 operands, 1 broadcast
 
 /// Rows of one attention head in a cache: row r at data + r * stride elements, head_dim contiguous elements each.
 struct HeadRows {
@@ -21,10 +24,42 @@ struct HeadRows {
   }
 };
 
+/// Up to kBlockKeys keys or values of one head, wherever they lie.
+struct BlockRows {
+  const void* row[kBlockKeys];
+  int32_t count = 0;
+  DType dtype = DType::Float32;
+};
+
+/// The two products of a query tile with a block of keys and values, on packed operands (simd_packed.inc).
+///
+/// Operands are stored in words of 32 bits, each one fp32 number or more numbers of fewer bits; buffers of words have
+/// room for whole groups of kTileRows rows and for kBlockKeys keys.
+struct PackedProducts {
+  int32_t numbers_per_word;
+
+  /// Packs m rows of q (m, dim).
+  void (*pack_queries)(const float* q, int64_t ldq, int32_t m, int32_t dim, float* packed);
+
+  void (*pack_keys)(const BlockRows& keys, int32_t dim, float* packed);
+
+  /// Returns whether all values are finite.
+  bool (*pack_values)(const BlockRows& values, int32_t dim, float* packed);
+
+  /// Rounds a row of n weights, in place, to words.
+  void (*round_weights)(float* p, int32_t n);
+
+  /// s (m rounded up to kTileRows, n rounded up to a panel; rows of kBlockKeys floats) = scale * queries * keys^T.
+  void (*qk)(const float* queries, int32_t m, const float* keys, int32_t n, int32_t dim, float scale, float* s);
+
+  /// o (m rounded up to kTileRows, dim rounded up to lanes) += weights (rows of kBlockKeys words) * values (n, dim).
+  void (*pv)(const float* p, int32_t m, const float* values, int32_t n, int32_t dim, float* o, int64_t ldo);
+};
+
 struct MicroKernels {
   const char* isa;
   int32_t lanes;  ///< floats per vector register: fp32 buffers have rows of a multiple of this
-  int32_t panel;  ///< keys per packed panel: blocks of packed keys are padded to a multiple of this
+  int32_t panel;  ///< words side by side in packed keys and values, a multiple of lanes and a divisor of kBlockKeys
 
   /// dst[0, n) = src in fp32.
   void (*load_row)(const void* src, DType dtype, int32_t n, float* dst);
@@ -32,34 +67,37 @@ struct MicroKernels {
   /// dst[0, n) = src rounded to dtype.
   void (*store_row)(const float* src, DType dtype, int32_t n, void* dst);
 
-  /// Turns the first 2 * half channels of `row` by one row of the rotary tables, then multiplies all `dim` by `scale`.
-  void (*rotate_row)(float* row, int32_t dim, const float* cos, const float* sin, int32_t half, bool interleaved,
-                     float scale);
+  /// Turns the first 2 * half channels of `row` by one row of the rotary tables.
+  void (*rotate_row)(float* row, const float* cos, const float* sin, int32_t half, bool interleaved);
 
-  /// Packs n keys of `dim` channels into panels: element (j, c) at [j / panel][c][j % panel]. The last panel is filled
-  /// up with zeros.
-  void (*pack_keys)(HeadRows keys, int32_t n, int32_t dim, float* panels);
+  /// One step of the online softmax in base 2 on m rows of logits, row r with counts[r] of them: updates the running
+  /// maxima and sums, rescales the rows of o (m, dim) whose maximum grew, and turns logits into weights. Rows of s have
+  /// room up to a multiple of lanes.
+  void (*softmax_rows)(float* s, int64_t lds, int32_t m, const int32_t* counts, float* row_max, float* row_sum,
+                       float* o, int64_t ldo, int32_t dim);
 
-  /// s (m, n rounded up to panel) = q (m, dim) * packed keys^T.
-  void (*qk_packed)(const float* q, int64_t ldq, int32_t m, const float* panels, int32_t n, int32_t dim, float* s,
-                    int64_t lds);
+  /// s (m, n) = q (m, dim) * keys (n, dim)^T, keys read where they are. dim is a multiple of lanes. `next` are rows at
+  /// the same stride that will be wanted soon: it may point anywhere.
+  void (*qk_rows)(const float* q, int64_t ldq, int32_t m, HeadRows keys, const void* next, int32_t n, int32_t dim,
+                  float* s, int64_t lds);
 
-  /// s (m, n) = q (m, dim) * keys (n, dim)^T, keys read where they are. dim is a multiple of lanes.
-  void (*qk_rows)(const float* q, int64_t ldq, int32_t m, HeadRows keys, int32_t n, int32_t dim, float* s, int64_t lds);
+  /// o (m, dim) += p (m, n) * values (n, dim), in the same way.
+  void (*pv_rows)(const float* p, int64_t ldp, int32_t m, HeadRows values, const void* next, int32_t n, int32_t dim,
+                  float* o, int64_t ldo);
 
-  /// o (m, dim) += p (m, n) * values (n, dim). dim is a multiple of lanes.
-  void (*pv)(const float* p, int64_t ldp, int32_t m, HeadRows values, int32_t n, int32_t dim, float* o, int64_t ldo);
-
-  /// One step of the online softmax in base 2 on one row of logits: updates the running maximum and sum, rescales
-  /// o (dim) where the maximum grew, and turns s[0, n) into weights. s has room up to a multiple of lanes.
-  void (*softmax_row)(float* s, int32_t n, float* row_max, float* row_sum, float* o, int32_t dim);
+  PackedProducts fp32;
+  const PackedProducts* bfloat16;  ///< of bfloat16 queries, keys and values; nullptr: as fp32
 };
 
-/// One per compiled instruction set, best last; see micro_kernels.cpp.
+/// One per compiled instruction set; see micro_kernels.cpp.
 extern const MicroKernels kMicroKernelsPortable;
+extern const MicroKernels kMicroKernelsPortableBFloat16;  ///< for tests: pairs of bfloat16 without the instruction
 #if defined(DCA_CPU_HAS_X86)
 extern const MicroKernels kMicroKernelsAvx2;
 extern const MicroKernels kMicroKernelsAvx512;
+#endif
+#if defined(DCA_CPU_HAS_AVX512_BF16)
+extern const MicroKernels kMicroKernelsAvx512BFloat16;
 #endif
 
 /// The set in use: the best that this machine runs, or the one that the environment variable DCA_CPU_ISA names.

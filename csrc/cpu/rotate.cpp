@@ -41,8 +41,7 @@ struct NewRows {
     const int64_t at = position(b, r);
     if (at >= 0) {
       const int64_t entry = static_cast<int64_t>(p.chunk.key_position(static_cast<int32_t>(at))) * p.rotary.half_dim;
-      mk.rotate_row(row, p.head_dim, p.rotary.cos + entry, p.rotary.sin + entry, p.rotary.half_dim,
-                    p.rotary.interleaved, 1.0f);
+      mk.rotate_row(row, p.rotary.cos + entry, p.rotary.sin + entry, p.rotary.half_dim, p.rotary.interleaved);
     }
   }
 };

@@ -6,23 +6,32 @@
 
 namespace dca {
 
-/// A CPU query tile: block_m positions of every query head of one KV head, against block_n keys at a time.
+/// A CPU query tile: block_m positions of every query head of one KV head.
 struct CpuTileShape {
   int32_t block_m;
-  int32_t block_n;
 };
 
 /// Rows of a tile (positions times heads of the group) at which packing the keys pays for itself: below, the keys are
 /// read where they lie, as decode has to.
 inline constexpr int32_t kCpuMinPackedRows = 17;
 
-/// The tile's Q and O in fp32 (2 * rows * head_dim * 4 bytes) take at most 256 KiB, half of a small L2 cache; the
-/// packed keys and the values (2 * block_n * head_dim * 4 bytes) take a quarter at head_dim 128. 24 positions are one
-/// strip of the mainloop.
+/// Elements of the Q, and of the O, of a task: both in fp32 take at most 256 KiB, half of a small L2 cache.
+inline constexpr int32_t kCpuTaskElements = 32768;
+
+/// The packed keys and values of a block take another 128 KiB at head_dim 128. 24 positions are one strip of the
+/// mainloop.
 constexpr CpuTileShape cpu_tile_shape(int32_t group, int32_t head_dim) {
-  const int32_t rows = std::max(1, 32768 / std::max(1, head_dim));
+  const int32_t rows = std::max(1, kCpuTaskElements / std::max(1, head_dim));
   const int32_t block_m = std::clamp(rows / std::max(1, group), 8, 120);
-  return {block_m >= 24 ? block_m / 24 * 24 : block_m, 128};
+  return {block_m >= 24 ? block_m / 24 * 24 : block_m};
+}
+
+/// KV heads that share a task of few rows: as many as Q and O have room for, evenly.
+constexpr int32_t cpu_heads_per_task(int32_t num_heads_kv, int32_t rows_per_head, int32_t head_dim) {
+  const int64_t elements = static_cast<int64_t>(std::max(1, rows_per_head)) * std::max(1, head_dim);
+  const int32_t most = static_cast<int32_t>(std::max<int64_t>(1, kCpuTaskElements / elements));
+  const int32_t tasks = (num_heads_kv + most - 1) / most;
+  return (num_heads_kv + tasks - 1) / tasks;
 }
 
 /// Key splits per tile: enough tasks to keep every thread busy to the end, and at least 512 keys in each. More splits

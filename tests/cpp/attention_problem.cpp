@@ -253,7 +253,7 @@ HostBuffers AttentionProblem::buffers() const {
   const auto exact = reference::attention(params);
   reference::AttentionResult baseline;
   if (shape_.dtype != DType::Float32) baseline = reference::attention_baseline(params);
-  const std::vector<double> lse_baseline = rounds_queries() ? baseline.lse : std::vector<double>();
+  const std::vector<double> lse_baseline = rounds_queries(shape_.dtype) ? baseline.lse : std::vector<double>();
   for (const int32_t num_splits : split_counts) {
     forget_results();
     params.num_splits = num_splits;

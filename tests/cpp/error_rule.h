@@ -2,7 +2,7 @@
 //
 //   fp32        max |error| <= 1e-5 * max |exact|
 //   bf16, fp16  max |error| <= 2 * max |error of the baseline| + 2 ulp of max |exact|
-//   LSE         |error| <= 1e-3; where queries are rounded to bf16 or fp16 for the tensor cores, which moves the logits
+//   LSE         |error| <= 1e-3; where queries are rounded to bf16 or fp16 for matrix units, which moves the logits
 //               themselves, <= 2 * max |error of the baseline's LSE| + 1e-3
 //   rotation    one rounding: half an ulp of the element, and fp32's own error
 //

@@ -14,10 +14,25 @@ TEST(Heuristics, TilesFitInCacheAndAreWholeStrips) {
       const CpuTileShape shape = cpu_tile_shape(group, head_dim);
       EXPECT_GE(shape.block_m, 8);
       EXPECT_LE(shape.block_m, 120);
-      EXPECT_EQ(shape.block_n, 128);
       EXPECT_TRUE(shape.block_m < 24 || shape.block_m % 24 == 0);
       // 8 positions are the least, however wide the group.
       EXPECT_TRUE(shape.block_m == 8 || 2LL * shape.block_m * group * head_dim * 4 <= 256 * 1024);
+    }
+  }
+}
+
+TEST(Heuristics, HeadsThatShareATaskFitInCacheAndAreEven) {
+  for (const int32_t num_heads_kv : {1, 2, 3, 8, 32, 71}) {
+    for (const int32_t rows : {1, 4, 16}) {
+      for (const int32_t head_dim : {1, 64, 128, 1024}) {
+        const int32_t heads = cpu_heads_per_task(num_heads_kv, rows, head_dim);
+        ASSERT_GE(heads, 1);
+        ASSERT_LE(heads, num_heads_kv);
+        ASSERT_TRUE(heads == 1 || 2LL * heads * rows * head_dim * 4 <= 256 * 1024);
+        // The last task lacks less than one head for each of the others.
+        const int32_t tasks = (num_heads_kv + heads - 1) / heads;
+        ASSERT_LT(tasks * heads - num_heads_kv, tasks);
+      }
     }
   }
 }

@@ -33,7 +33,7 @@ struct Gaps {
 };
 Gaps tensor_gaps(DType dtype);
 
-/// Whether attention rounds rotated queries to the dtype, as tensor cores want them.
-bool rounds_queries();
+/// Whether attention rounds rotated queries to the dtype, as matrix units want them.
+bool rounds_queries(DType dtype);
 
 }  // namespace dca::testing

@@ -170,6 +170,6 @@ Gaps tensor_gaps(DType dtype) {
   return {vector, 3 * vector};
 }
 
-bool rounds_queries() { return true; }
+bool rounds_queries(DType) { return true; }
 
 }  // namespace dca::testing
