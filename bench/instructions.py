@@ -120,7 +120,8 @@ def run_count(count: Count, binary: Path, isa: str) -> Row:
         environment = {**os.environ, "DCA_CPU_ISA": isa}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode != 0 or not result.is_file():
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            said = [line for line in done.stderr.splitlines() if line and not line.startswith("==")]  # valgrind's own
+            last = said[-1] if said else "no message"
             raise CannotCountError(f"{count.title()}: dca_bench under valgrind ended with {done.returncode}: {last}")
         told = json.loads(result.read_text())
         executed = instructions_of(profile.read_text())
