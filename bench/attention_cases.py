@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from composed_attention import Attend, Merge, composed_attention, merge_in_torch, per_head, rotated_queries
+from geometries import rotary_tables
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -20,22 +21,7 @@ DEVICE = "cuda"
 #: Name -> query heads, KV heads.
 SHAPES = {"llama2-7b": (32, 32), "llama3-8b": (32, 8), "llama3-70b": (64, 8)}
 
-#: The geometries of models trained at 4k, at 8k (the paper's form) and at 128k.
-CONFIGS = {
-    config.chunk_len: config
-    for config in (
-        DCAConfig.from_pretraining_length(4096),
-        DCAConfig.paper(8192),
-        DCAConfig.from_pretraining_length(131072),
-    )
-}
-
 BACKENDS = {"torch flash": SDPBackend.FLASH_ATTENTION, "torch cudnn": SDPBackend.CUDNN_ATTENTION}
-
-
-def config_for(chunk_len: int) -> DCAConfig:
-    """The usual geometry of that chunk length; max_position is 6/5 of it where none is usual."""
-    return CONFIGS.get(chunk_len) or DCAConfig(chunk_len, min(chunk_len + chunk_len // 5, 2 * chunk_len - 1))
 
 
 @dataclass(frozen=True)
@@ -96,16 +82,9 @@ class Inputs:
     lengths: Tensor | None = None  # decode
 
 
-def tables(config: DCAConfig, head_dim: int) -> tuple[Tensor, Tensor]:
-    """float32 cos and sin, (max_position + 1, head_dim / 2), at base 10000."""
-    frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angles = torch.arange(config.max_position + 1, dtype=torch.float64)[:, None] * frequencies
-    return angles.cos().float().to(DEVICE), angles.sin().float().to(DEVICE)
-
-
 def make_inputs(case: Case, config: DCAConfig, dtype: torch.dtype) -> Inputs:
     """Random tensors, and the rotations that are no part of any timing."""
-    cos, sin = tables(config, case.head_dim)
+    cos, sin = rotary_tables(config, case.head_dim, DEVICE)
     rows = case.seqlen if case.kind == "prefill" else 1
 
     def random(length: int, heads: int) -> Tensor:

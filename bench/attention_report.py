@@ -1,37 +1,13 @@
-"""Results of bench_attention.py as a table, a JSON file and a picture."""
+"""Results of bench_attention.py as a table and a picture."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-#: One contender on one case: what was asked, and either its figures or the reason why there are none.
-Row = dict[str, Any]
+from benchmark_results import Row, format_table, length_name
 
 OURS = "dca_ext"
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell, the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "  ".join(padded).rstrip()
-
-    return "\n".join(line(cells) for cells in [header, ["-" * w for w in widths], *rows])
-
-
-def length_name(tokens: int) -> str:
-    """4096 -> 4k, 1048576 -> 1M, 5000 -> 5000."""
-    if tokens % 2**20 == 0:
-        return f"{tokens // 2**20}M"
-    return f"{tokens // 2**10}k" if tokens % 2**10 == 0 else str(tokens)
 
 
 def case_name(row: Row) -> str:
@@ -102,13 +78,6 @@ def tables(rows: Sequence[Row]) -> str:
     if any(row["kind"] == "decode" for row in rows):
         parts.append(decode_table(rows))
     return "\n\n".join(parts)
-
-
-def write_json(results: dict[str, Any], path: Path) -> None:
-    """Replaces the file in one step, so that it is whole whenever the run is stopped."""
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    temporary.replace(path)
 
 
 def save_plot(rows: Sequence[Row], title: str, path: Path) -> bool:

@@ -19,10 +19,8 @@ with float64 on a small shape, and at each prefill shape ours with the composed 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,21 +29,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accuracy import relative_error
 from attention_cases import (
     BACKENDS,
-    CONFIGS,
     SHAPES,
     Case,
     Contender,
     Inputs,
     Rivals,
-    config_for,
     make_inputs,
     ours,
     ours_paged,
     rotation_pass,
 )
-from attention_report import OURS, Row, case_name, save_plot, tables, write_json
+from attention_report import OURS, case_name, save_plot, tables
+from benchmark_results import ROOT, Row, commit, write_json
 from composed_attention import exact_attend
 from cuda_timing import (
     GIB,
@@ -55,15 +53,14 @@ from cuda_timing import (
     copy_bandwidth,
     device_facts,
     matmul_rate,
-    quantile,
     rounds_for,
 )
+from geometries import CONFIGS, config_for
+from samples import quantile
 from torch import Tensor
 
 import dca_ext
 from dca_ext import DCAConfig, reference
-
-ROOT = Path(__file__).resolve().parent.parent
 
 #: Norm of the error over norm of the result that 16-bit inputs explain; a wrong kernel is far above.
 TOLERANCE = 1e-2
@@ -109,15 +106,6 @@ def decode_cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 # --- Right before fast ------------------------------------------------------------------------------------------------
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected; not a number where either is not."""
-    difference = expected_square = 0.0
-    for a, e in zip(actual.split(8192, dim=1), expected.split(8192, dim=1), strict=True):
-        difference += float((a.double() - e.double()).square().sum())
-        expected_square += float(e.double().square().sum())
-    return (difference / expected_square) ** 0.5 if expected_square else float("nan")
 
 
 def check_contenders(x: Inputs, contenders: Iterable[Contender]) -> dict[str, str]:
@@ -316,17 +304,6 @@ def run_cases(cases: Sequence[Case], run: Run) -> str:
 
 
 # --- The command line -------------------------------------------------------------------------------------------------
-
-
-def commit() -> str | None:
-    """Of the tree that this file is in; a tree that was copied without its history says it by DCA_COMMIT."""
-    if os.environ.get("DCA_COMMIT"):
-        return os.environ["DCA_COMMIT"]
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

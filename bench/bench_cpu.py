@@ -1,164 +1,221 @@
-"""CPU attention against torch's: prefill, decode, and how memory grows.
+"""CPU attention against torch, transformers and the composed form: prefill, decode, ceilings, memory.
 
-    python bench/bench_cpu.py                       # SmolLM2's shape: 9 query heads, 3 KV heads, head_dim 64
-    python bench/bench_cpu.py --json results.json
+    python bench/bench_cpu.py                                     # two shapes, float32, a few minutes on two cores
+    python bench/bench_cpu.py --full --json cpu.json --plot cpu.png          # all shapes, 1k to 32k: some hours
+    python bench/bench_cpu.py --shape llama3-8b --dtype float32 bfloat16 --prefill --decode 32768
+    python bench/bench_cpu.py --prefill 8192 --decode --contenders torch --budget 200
 
-Prefill compares `dca_attention` (key rotation included) with torch SDPA, causal, on K and V repeated and transposed
-beforehand; the work is the same: 4 * head_dim * heads * sum(i + 1) FLOP. Decode compares one token against a cache with
-SDPA and enable_gqa; bytes are those of K and V. Calls alternate, so that a machine whose speed drifts slows both; the
-ratio is the median of the ratios of neighbours. Memory is how far one prefill raises the resident size (Linux).
+Prefill, 4 * head_dim * heads * sum(i + 1) FLOP. dca_ext is the attention over rotated keys, with the rotation of q,
+which is part of the method; the pass that rotates the keys is timed apart ("K pass"), and "dca_ext + K pass" is both.
+"torch sdpa" is scaled_dot_product_attention(is_causal=True), "transformers ..." the attention functions that
+LlamaAttention calls, "composed" three calls per chunk and their merge in torch; all of them get q and k rotated
+beforehand. The ceiling is torch's bmm of the kernel's own block shapes.
+
+Decode, one query behind a cache, bytes of K and V. "torch ..." are three formulations of the same attention over K and
+V in (1, kv_heads, seqlen, head_dim); "dca_ext head-major" reads those very tensors. "dca_ext e4m3" and "int8" are
+caches of 8-bit numbers: their speedup below 1 says that they are faster. The ceiling is the quickest read of K and V
+that torch offers.
+
+Before anything is timed, everyone is compared with float64 on a small case. Then dca_ext and each of the others take
+turns (A B A B ...), so that a machine whose speed drifts slows both. Contenders that do not fit into memory or into
+--budget are left out, with the reason. Ctrl-C keeps what there is.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+from benchmark_results import Row, commit, write_json
+from cpu_cases import KINDS, SHAPES, Case
+from cpu_contenders import CONTENDERS
+from cpu_plot import NEEDS_MATPLOTLIB, can_plot, save_plot
+from cpu_report import DIRECTION, case_name, report
+from cpu_runs import Limits, Run, run_case
+from cpu_timing import cpu_facts
+from peak_memory import peak_memory
+from rich.console import Console
 
-import dca_ext
-from dca_ext import DCAConfig, dca_attention, dca_attention_with_kvcache
+from dca_ext.cli.demo import progress_bar
 
-CONFIG = DCAConfig(2560, 3072)
-
-
-def tables(head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 (max_position + 1, head_dim / 2) cos and sin at base 10000."""
-    angles = torch.arange(CONFIG.max_position + 1)[:, None] * 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
-    return angles.cos(), angles.sin()
-
-
-def inputs(args: argparse.Namespace, seqlen: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v (1, seqlen, heads, head_dim)."""
-    torch.manual_seed(0)
-    shapes = [(1, seqlen, heads, args.head_dim) for heads in (args.heads, args.kv_heads, args.kv_heads)]
-    q, k, v = (torch.randn(shape, dtype=torch.float32).to(getattr(torch, args.dtype)) for shape in shapes)
-    return q, k, v
-
-
-def alternate(ours: Callable[[], object], theirs: Callable[[], object], pairs: int) -> dict[str, float]:
-    """Medians of both in seconds, and the median of ours / theirs over neighbours."""
-
-    def seconds(call: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    seconds(ours), seconds(theirs)
-    timed = [(seconds(ours), seconds(theirs)) for _ in range(pairs)]
-    return {
-        "ours_s": statistics.median(a for a, _ in timed),
-        "torch_s": statistics.median(b for _, b in timed),
-        "ratio": statistics.median(a / b for a, b in timed),
-    }
+DEFAULTS: dict[str, Any] = {
+    "shape": ["llama3-8b", "smollm2"],
+    "dtype": ["float32"],
+    "prefill": [1024, 4096],
+    "decode": [4096, 32768],
+    "budget": 120.0,
+}
+FULL: dict[str, Any] = {
+    "shape": list(SHAPES),
+    "dtype": ["float32", "bfloat16"],
+    "prefill": [1024, 2048, 4096, 8192, 16384, 32768],
+    "decode": [1024, 4096, 16384, 32768],
+    "budget": 600.0,
+}
+MEMORY_LENGTHS = [4096, 8192, 16384, 32768]
 
 
-def prefill(args: argparse.Namespace, seqlen: int) -> dict[str, float]:
-    """One row of the prefill table."""
-    q, k, v = inputs(args, seqlen)
-    cos, sin = tables(args.head_dim)
-    group = args.heads // args.kv_heads
-    plain = [x.transpose(1, 2).contiguous() for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2))]
-    row = alternate(
-        lambda: dca_attention(q, k, v, cos, sin, CONFIG),
-        lambda: F.scaled_dot_product_attention(*plain, is_causal=True),
-        args.pairs,
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    """Kinds, then shapes, dtypes and lengths: shorter ones first, whose rates tell what longer ones would take."""
+    for kind in KINDS:
+        for shape in args.shape:
+            for dtype in args.dtype:
+                for seqlen in sorted(set(getattr(args, kind))):
+                    yield Case(kind, shape, *SHAPES[shape], seqlen, dtype, args.chunk_len)
+
+
+def memory_rows(args: argparse.Namespace) -> Iterator[Row]:
+    """Of prefill in the first dtype."""
+    for shape in args.shape:
+        for seqlen in args.memory:
+            yield peak_memory(Case("prefill", shape, *SHAPES[shape], seqlen, args.dtype[0], args.chunk_len))
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    """A count or a length."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
+    return value
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; --full and else the defaults set what it does not say."""
+    rivals = dict.fromkeys(c.name for kind in CONTENDERS.values() for c in kind if c.role == "rival")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="all shapes, float32 and bfloat16, 1k to 32k")
+    parser.add_argument("--shape", nargs="+", choices=list(SHAPES), metavar="NAME", help=", ".join(SHAPES))
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], metavar="DTYPE")
+    parser.add_argument("--prefill", type=positive, nargs="*", help="lengths in tokens; none given: no prefill")
+    parser.add_argument("--decode", type=positive, nargs="*", help="keys in the cache; none given: no decode")
+    parser.add_argument(
+        "--module", type=positive, nargs="*", default=[], help="lengths at which LlamaAttention is timed as a whole"
     )
-    flop = 4 * args.head_dim * args.heads * seqlen * (seqlen + 1) / 2
-    return row | {
-        "seqlen": seqlen,
-        "ours_gflops": flop / row["ours_s"] / 1e9,
-        "torch_gflops": flop / row["torch_s"] / 1e9,
-    }
-
-
-def decode(args: argparse.Namespace, seqlen: int) -> dict[str, float]:
-    """One row of the decode table."""
-    q, k, v = inputs(args, seqlen)
-    cos, sin = tables(args.head_dim)
-    q = q[:, -1:]
-    plain = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-    row = alternate(
-        lambda: dca_attention_with_kvcache(q, k, v, cos, sin, CONFIG, cache_seqlens=seqlen),
-        lambda: F.scaled_dot_product_attention(*plain, enable_gqa=True),
-        args.pairs,
+    parser.add_argument(
+        "--memory", type=positive, nargs="*", help="also measure the memory of a prefill (at 4k to 32k)"
     )
-    size = 2 * k.numel() * k.element_size()
-    return row | {"seqlen": seqlen, "ours_gbs": size / row["ours_s"] / 1e9, "torch_gbs": size / row["torch_s"] / 1e9}
+    parser.add_argument("--chunk-len", type=positive, default=2560)
+    parser.add_argument(
+        "--contenders", nargs="+", default=[], metavar="NAME", help=f"beginnings of rivals' names: {', '.join(rivals)}"
+    )
+    parser.add_argument(
+        "--pairs", type=positive, default=9, help="alternating pairs of calls behind each median, at the least (9)"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        help="seconds that the pairs of one contender on one case may take; then fewer pairs, and below three it is "
+        "left out (120; --full: 600)",
+    )
+    parser.add_argument("--threads", type=positive, help="torch's; default: its own choice")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all figures and samples, written after each case")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture; needs matplotlib")
+    args = parser.parse_args(arguments)
+    for name, value in (FULL if args.full else DEFAULTS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.memory = [] if args.memory is None else args.memory or MEMORY_LENGTHS
+    unknown = [name for name in args.contenders if not any(rival.startswith(name) for rival in rivals)]
+    if unknown:
+        parser.error(f"--contenders: no name begins with {unknown[0]!r}; there are {', '.join(rivals)}")
+    if args.plot and not can_plot():
+        parser.error(NEEDS_MATPLOTLIB)
+    return args
 
 
-def resident_mib(field: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process."""
-    line = next(text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(field))
-    return int(line.split()[1]) / 2**10
+# --- A run ------------------------------------------------------------------------------------------------------------
 
 
-def peak_memory(args: argparse.Namespace, seqlen: int) -> dict[str, float]:
-    """MiB that one prefill adds to the resident size at its peak, out included."""
-    q, k, v = inputs(args, seqlen)
-    cos, sin = tables(args.head_dim)
-    dca_attention(q[:, :64], k[:, :64], v[:, :64], cos, sin, CONFIG)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = resident_mib("VmRSS")
-    dca_attention(q, k, v, cos, sin, CONFIG)
-    needed = (q.numel() + k.numel()) * q.element_size() / 2**20
-    return {"seqlen": seqlen, "added_mib": resident_mib("VmHWM") - before, "out_and_rotated_k_mib": needed}
+class Results:
+    """What goes into the JSON file."""
 
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.path: Path | None = args.json
+        self.run = Run(Limits(args.pairs, args.budget), args.contenders)
+        self.memory: list[Row] = []
+        self.facts = {
+            **cpu_facts(),
+            "commit": commit(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": sys.argv,
+            "pairs": args.pairs,
+            "budget_s": args.budget,
+            "direction": DIRECTION,
+        }
 
-def print_table(title: str, rows: list[dict[str, float]]) -> None:
-    """Prints rows under their keys."""
-    print(f"\n{title}\n  " + "".join(f"{key:>24}" for key in rows[0]))
-    for row in rows:
-        print(
-            "  " + "".join(f"{value:>24.4g}" if isinstance(value, float) else f"{value:>24}" for value in row.values())
+    def save(self) -> None:
+        """Writes what there is, if a file was asked for."""
+        if self.path:
+            rows = {"rows": self.run.rows, "memory": self.memory, "failures": self.run.failures}
+            write_json(self.facts | rows, self.path)
+
+    def title(self) -> str:
+        """What the figures depend on, in one line."""
+        facts = self.facts
+        isa = facts["build"]["cpu_isa"]
+        return (
+            f"{facts['machine']} ({facts['processors']} processors, {facts['threads']} threads, kernels {isa}), "
+            f"torch {facts['torch']}, commit {facts['commit']}, {facts['date']}"
         )
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", type=int, default=9)
-    parser.add_argument("--kv-heads", type=int, default=3)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--prefill", type=int, nargs="*", default=[1024, 2048, 4096, 8192])
-    parser.add_argument("--decode", type=int, nargs="*", default=[1024, 4096, 16384, 65536])
-    parser.add_argument("--memory", type=int, nargs="*", default=[4096, 8192, 16384])
-    parser.add_argument("--pairs", type=int, default=9, help="alternating pairs of calls behind each median")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    return parser.parse_args()
+def measure(args: argparse.Namespace, results: Results, console: Console) -> None:
+    """Case after case, saved after each."""
+    run, todo = results.run, list(cases(args))
+    total = sum(len(run.contenders(case.kind)) for case in todo)
+    with progress_bar(console) as bars:
+        task = bars.add_task("measuring", total=total)
+        done = 0
+        for case in todo:
+            name = case_name(case.to_dict())
+            bars.update(task, description=f"{name}: comparing with float64")
+
+            def next_contender(contender: str, name: str = name) -> None:
+                bars.update(task, description=f"{name}: {contender}", advance=1)
+
+            run_case(case, run, next_contender)
+            done += len(run.contenders(case.kind))  # a case that was left out passed over its contenders
+            bars.update(task, completed=done)
+            results.save()
+    for row in memory_rows(args):
+        results.memory.append(row)
+        results.save()
 
 
 @torch.inference_mode()
-def main() -> None:
-    """Runs what the command line asks for."""
-    args = parse()
-    results = {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors",
-        "build": dca_ext.build_info(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "shape": {name: getattr(args, name) for name in ("heads", "kv_heads", "head_dim", "dtype")},
-        "prefill": [prefill(args, n) for n in args.prefill],
-        "decode": [decode(args, n) for n in args.decode],
-        "memory": [peak_memory(args, n) for n in args.memory],
-    }
-    print(json.dumps({key: results[key] for key in ("machine", "torch", "threads", "date", "shape")}))
-    for title in ("prefill", "decode", "memory"):
-        if results[title]:
-            print_table(title, results[title])
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs what the command line asks for; 0, 1 if a result was wrong, 130 if interrupted."""
+    args = parse(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    results = Results(args)
+    console = Console(stderr=True, highlight=False)
+    status = 0
+    try:
+        measure(args, results, console)
+    except KeyboardInterrupt:
+        console.print("Interrupted; what was measured so far follows.")
+        status = 130
+    results.save()
+    print(f"{results.title()}\n\n{report(results.run.rows, results.memory)}")
+    for failure in results.run.failures:
+        print(f"WRONG: {failure}")
+    if args.plot:
+        save_plot(results.run.rows, results.title(), args.plot)
+    return status or (1 if results.run.failures else 0)
 
 
 if __name__ == "__main__":
-    main()
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first too: a shell starts background jobs without it
+        signal.signal(number, signal.default_int_handler)
+    sys.exit(main())

@@ -69,15 +69,6 @@ def as_graph(call: Callable[[], object]) -> Callable[[], None]:
     return graph.replay
 
 
-def quantile(values: list[float], share: float) -> float:
-    """Value at `share` of the sorted values, between neighbours linearly."""
-    ordered = sorted(values)
-    at = share * (len(ordered) - 1)
-    below = int(at)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (at - below) * (ordered[above] - ordered[below])
-
-
 # --- Ceilings ---------------------------------------------------------------------------------------------------------
 
 

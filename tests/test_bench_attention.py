@@ -18,8 +18,10 @@ sys.path.insert(0, str(ROOT / "bench"))
 import attention_cases
 import attention_report
 import bench_attention
+import benchmark_results
 import composed_attention
-import cuda_timing
+import geometries
+import samples
 
 CONFIG = DCAConfig(16, 20)
 
@@ -85,10 +87,10 @@ def test_work_is_that_of_causal_attention_and_the_bytes_of_the_cache() -> None:
 
 
 def test_geometries_of_the_default_chunk_lengths() -> None:
-    assert list(attention_cases.CONFIGS) == [2560, 6144, 81920]
-    assert attention_cases.config_for(2560) == DCAConfig(2560, 3072)
-    assert attention_cases.config_for(100) == DCAConfig(100, 120)
-    assert attention_cases.config_for(1) == DCAConfig(1, 1)
+    assert list(geometries.CONFIGS) == [2560, 6144, 81920]
+    assert geometries.config_for(2560) == DCAConfig(2560, 3072)
+    assert geometries.config_for(100) == DCAConfig(100, 120)
+    assert geometries.config_for(1) == DCAConfig(1, 1)
 
 
 def test_cases_stay_within_their_bounds() -> None:
@@ -103,8 +105,8 @@ def test_cases_stay_within_their_bounds() -> None:
 
 
 def test_quantiles_lie_between_neighbours() -> None:
-    assert cuda_timing.quantile([3.0, 1.0, 2.0], 0.5) == 2.0
-    assert cuda_timing.quantile([0.0, 10.0], 0.1) == pytest.approx(1.0)
+    assert samples.quantile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert samples.quantile([0.0, 10.0], 0.1) == pytest.approx(1.0)
 
 
 def test_an_error_counts_in_norm_and_nan_never_passes() -> None:
@@ -117,7 +119,7 @@ def test_an_error_counts_in_norm_and_nan_never_passes() -> None:
 
 
 def test_table_columns_are_as_wide_as_their_widest_cell() -> None:
-    text = attention_report.format_table(["what", "n"], [["long name", "1"], ["x", "1000"]])
+    text = benchmark_results.format_table(["what", "n"], [["long name", "1"], ["x", "1000"]])
     assert text.splitlines() == ["what          n", "---------  ----", "long name     1", "x          1000"]
 
 

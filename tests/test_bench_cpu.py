@@ -1,0 +1,346 @@
+"""What the CPU benchmarks count, pair, leave out, compose and print. No test looks at a time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cpp_build import ROOT, require_cmake_and_compiler
+from cpp_build import run as run_command
+
+from dca_ext import DCAConfig, reference
+
+sys.path.insert(0, str(ROOT / "bench"))
+import attention_share
+import bench_cpu
+import cpu_ceilings
+import cpu_contenders
+import cpu_plot
+import cpu_report
+import cpu_runs
+import cpu_timing
+import instructions
+import samples
+from cpu_cases import SHAPES, Case, Contender, Inputs, Prepared
+
+
+def make_case(kind: str = "prefill", seqlen: int = 40, dtype: str = "float32") -> Case:
+    """Small heads, chunks of 16."""
+    return Case(kind, "tiny", 4, 2, 8, seqlen, dtype, 16)
+
+
+def row(contender: str, role: str = "rival", **figures: object) -> dict:
+    """A row as a run makes it."""
+    return {**make_case(seqlen=4096).to_dict(), "contender": contender, "role": role, **figures}
+
+
+# --- Counting and pairing ---------------------------------------------------------------------------------------------
+
+
+def test_work_is_that_of_causal_attention_of_the_cache_and_of_the_projections() -> None:
+    assert make_case(seqlen=5).work == 4 * 8 * 4 * (1 + 2 + 3 + 4 + 5)
+    assert make_case("decode", 5, "bfloat16").work == 2 * 5 * 2 * 8 * 2
+    projections = 2 * 5 * (32 * 32 + 2 * 32 * 16 + 32 * 32)
+    assert make_case("module", 5).work == make_case(seqlen=5).work + projections
+
+
+def test_ratios_are_those_of_neighbours() -> None:
+    assert samples.median_of_ratios([(1.0, 2.0), (10.0, 30.0), (1.0, 9.0)]) == 3.0
+    order: list[str] = []
+    timed = cpu_timing.alternating_pairs(lambda: order.append("A"), lambda: order.append("B"), 3)
+    assert order == ["A", "B"] * 3
+    assert len(timed) == 3
+
+
+def test_pairs_within_a_budget() -> None:
+    assert cpu_timing.pairs_within(100.0, 1.0, 9) == 9
+    assert cpu_timing.pairs_within(5.0, 1.0, 9) == 5
+    assert cpu_timing.pairs_within(2.9, 1.0, 9) == 0, "below three pairs a median says little"
+    assert cpu_timing.pairs_within(2.9, 1.0, 2) == 2, "unless no more were wanted"
+    assert cpu_timing.pairs_within(100.0, 0.01, 9) == 30, "short calls get more"
+    assert cpu_timing.pairs_within(100.0, 1e-6, 9) == 99
+
+
+def test_block_shapes_are_those_of_the_kernel(tmp_path: Path) -> None:
+    require_cmake_and_compiler()
+    shapes = [(group, head_dim) for group in (1, 2, 3, 4, 8, 40) for head_dim in (64, 80, 128, 256)]
+    calls = "\n".join(f"  print(dca::cpu_tile_shape({group}, {head_dim}));" for group, head_dim in shapes)
+    (tmp_path / "shapes.cpp").write_text(
+        '#include <cstdio>\n#include "dispatch/heuristics.h"\n'
+        'void print(dca::CpuTileShape s) { std::printf("%d %d\\n", s.block_m, s.block_n); }\n'
+        f"int main() {{\n{calls}\n}}\n"
+    )
+    run_command("c++", "-std=c++17", "-I", ROOT / "csrc", tmp_path / "shapes.cpp", "-o", tmp_path / "shapes")
+    told = run_command(tmp_path / "shapes").stdout.splitlines()
+    ours = [f"{cpu_ceilings.positions_per_tile(*shape)} {cpu_ceilings.KEYS_PER_BLOCK}" for shape in shapes]
+    assert told == ours
+
+
+def test_cases_go_from_short_to_long_in_every_kind_shape_and_dtype() -> None:
+    args = bench_cpu.parse(["--shape", "smollm2", "--prefill", "64", "16", "--decode", "--dtype", "float32", "float16"])
+    assert [(case.kind, case.dtype, case.seqlen) for case in bench_cpu.cases(args)] == [
+        *[("prefill", "float32", n) for n in (16, 64)],
+        *[("prefill", "float16", n) for n in (16, 64)],
+    ]
+    full = bench_cpu.parse(["--full", "--dtype", "bfloat16"])
+    assert full.shape == list(SHAPES)
+    assert full.dtype == ["bfloat16"]
+    assert max(case.seqlen for case in bench_cpu.cases(full)) == 32768
+    assert bench_cpu.parse(["--memory"]).memory == bench_cpu.MEMORY_LENGTHS
+    assert bench_cpu.parse([]).memory == []
+
+
+def test_unknown_contenders_are_refused(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        bench_cpu.parse(["--contenders", "jax"])
+    assert "no name begins with 'jax'" in capsys.readouterr().err
+
+
+# --- Contenders compute what they are timed for -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("seqlen", [1, 16, 17, 33, 61])
+def test_composed_form_on_the_cpu_is_dual_chunk_attention(seqlen: int, dtype: str) -> None:
+    x = Inputs(make_case(seqlen=seqlen, dtype=dtype))
+    expected = reference.dca_attention(
+        x.q, x.k_unrotated, x.v, x.cos, x.sin, DCAConfig(16, 19), out_dtype=torch.float64
+    )
+    out = cpu_contenders.composed(x).call()
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5 if dtype == "float32" else 5e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", ["llama2-7b", "smollm2"])
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+def test_all_contenders_agree_with_float64(kind: str, shape: str, dtype: str) -> None:
+    run = cpu_runs.Run(cpu_runs.Limits())
+    wrong = cpu_runs.check_contenders(Case(kind, shape, *SHAPES[shape], 4096, dtype, 2560), run)
+    wrong.pop("dca_ext int8", None)  # a build without int8 caches refuses
+    assert wrong == {}
+    assert run.failures == []
+    assert all(rate > 0 for rate in run.rates.values())
+
+
+def test_reads_take_all_bytes_as_they_are() -> None:
+    k, v = (torch.full((16,), value, dtype=torch.int64).view(torch.bfloat16) for value in (1, 2))
+    ways = cpu_ceilings.reads(k, v)
+    assert [int(x) for x in ways["sum of int64"]()] == [16, 32]
+    assert [int(x) for x in ways["amax of int64"]()] == [1, 2]
+
+
+def test_products_of_blocks_count_what_they_do() -> None:
+    call, flop = cpu_ceilings.block_products(make_case(), 3, torch.bfloat16)
+    call()
+    assert flop == 3 * 4 * (cpu_ceilings.positions_per_tile(2, 8) * 2) * 128 * 8
+
+
+# --- What is left out -------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_into_memory_or_time_is_left_out_with_its_reason() -> None:
+    case = Case("prefill", "llama3-8b", *SHAPES["llama3-8b"], 32768, "float32", 2560)
+    run = cpu_runs.Run(cpu_runs.Limits(budget_s=60.0, memory_bytes=lambda: 20.0 * 2**30))
+    run.wrong["prefill", "llama3-8b", "float32"] = {"composed": "off by 1.00e+00"}
+    run.rates["prefill", "llama3-8b", "float32", "torch sdpa"] = case.work / 100.0
+    by_name = {contender.name: contender for contender in run.contenders("prefill")}
+    reasons = {name: cpu_runs.reason_to_skip(case, contender, run) for name, contender in by_name.items()}
+    assert reasons["transformers eager"].startswith("needs about 26")
+    assert reasons["transformers eager"].endswith("GiB more, 20.0 GiB are free")
+    assert reasons["torch sdpa"] == "a call would take about 100 s at its rate so far (--budget 60)"
+    assert reasons["composed"] == "off by 1.00e+00"
+    assert reasons["dca_ext"] == reasons["torch sdpa gqa"] == ""
+    equal = Case("prefill", "llama2-7b", *SHAPES["llama2-7b"], 1024, "float32", 2560)
+    run.wrong["prefill", "llama2-7b", "float32"] = {}
+    assert "the same call as torch sdpa" in cpu_runs.reason_to_skip(equal, by_name["torch sdpa gqa"], run)
+
+
+def test_too_little_memory_leaves_out_the_case() -> None:
+    run = cpu_runs.Run(cpu_runs.Limits(memory_bytes=lambda: 1.0))
+    cpu_runs.run_case(make_case(), run)
+    assert [(r["contender"], "are free" in r["skipped"]) for r in run.rows] == [("dca_ext", True)]
+
+
+def test_a_call_beyond_the_budget_is_left_out_after_one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_runs, "seconds_of", lambda call: (call(), 10.0)[1])
+    run = cpu_runs.Run(cpu_runs.Limits(budget_s=30.0), names=["torch sdpa"])
+    cpu_runs.run_case(make_case(), run)
+    rows = {r["contender"]: r for r in run.rows}
+    assert rows["torch sdpa"]["skipped"] == "a pair of calls takes about 20.0 s: too few fit into --budget 30"
+    assert rows["K pass"]["calls"] == 3
+    assert rows["dca_ext"]["calls"] == 3, "ours is timed alone where no pair fits"
+
+
+def test_a_wrong_result_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = Contender("torch wrong", lambda x: Prepared(lambda: x.q * 2))
+    ours = cpu_contenders.CONTENDERS["prefill"][0]
+    monkeypatch.setitem(cpu_contenders.CONTENDERS, "prefill", [ours, wrong])
+    run = cpu_runs.Run(cpu_runs.Limits())
+    cpu_runs.run_case(make_case(), run)
+    assert [("rate" in r, r["contender"]) for r in run.rows] == [(True, "dca_ext"), (False, "torch wrong")]
+    assert "torch wrong: off by" in run.failures[0]
+
+
+# --- Reporting --------------------------------------------------------------------------------------------------------
+
+ROWS = [
+    row("dca_ext", "ours", median_ms=2.0, p10_ms=1.0, p90_ms=3.0, rate=100e9, calls=27),
+    row("torch sdpa", median_ms=3.0, p10_ms=3.0, p90_ms=3.0, rate=66e9, pairs=9, speedup=1.5),
+    row("torch sdpa gqa", median_ms=2.5, p10_ms=2.5, p90_ms=2.5, rate=80e9, pairs=5, speedup=1.25, note="as they are"),
+    row("transformers eager", skipped="needs about 137.0 GiB more, 20.0 GiB are free"),
+    row("bmm of the blocks", "ceiling", median_ms=9, p10_ms=9, p90_ms=9, rate=125e9, pairs=9, percent_of_ceiling=80.0),
+]
+
+
+def test_tables_say_what_was_measured_and_why_the_rest_was_not() -> None:
+    lines = cpu_report.contender_table(ROWS).splitlines()
+    assert lines[0] == "prefill, tiny 4/2 d8 float32, chunk_len 16"
+    assert lines[3].split() == ["4k", "dca_ext", "2", "1", "3", "100", "-", "-", "27"]
+    assert lines[5].split()[-3:] == ["1.25", "-", "5"]
+    assert lines[6].split()[3:] == ["-"] * 7
+    assert lines[7].split()[-4:] == ["-", "80", "%", "9"]
+    assert "  torch sdpa gqa: as they are" in lines
+    assert lines[-1] == "  transformers eager left out at 4k: needs about 137.0 GiB more, 20.0 GiB are free"
+
+
+def test_summary_names_the_best_rival_and_the_share_of_the_ceiling() -> None:
+    line = cpu_report.summary_table(ROWS).splitlines()[2].split()
+    assert line[-9:] == ["GFLOP/s", "1.25", "-", "-", "sdpa", "gqa", "80", "%", "5"]
+    report = cpu_report.report(ROWS, [])
+    assert cpu_report.DIRECTION in report
+    assert cpu_report.report([], []) == "nothing was measured"
+
+
+def test_plot_writes_a_file(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    decode = [{**r, "kind": "decode", "unit": "B"} for r in ROWS]
+    cpu_plot.save_plot([*ROWS, *decode], "a machine", tmp_path / "cpu.png")
+    assert (tmp_path / "cpu.png").stat().st_size > 10000
+    cpu_plot.save_plot([], "a machine", tmp_path / "nothing.png")
+    assert not (tmp_path / "nothing.png").exists()
+
+
+def test_a_plot_without_matplotlib_is_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        bench_cpu.parse(["--plot", "cpu.png"])
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+# --- Whole runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _tiny_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench_cpu.SHAPES, "smollm2", (4, 2, 16))
+    monkeypatch.setattr(cpu_ceilings, "KEYS_PER_BLOCK", 16)
+
+
+TINY = ["--shape=smollm2", "--prefill", "40", "--decode", "50", "--chunk-len", "16", "--pairs=1", "--json=cpu.json"]
+
+
+@pytest.mark.usefixtures("_tiny_shape")
+def test_a_whole_run(capsys: pytest.CaptureFixture) -> None:
+    assert bench_cpu.main([*TINY, "--module", "24", "--memory", "64"]) == 0
+    results = json.loads(Path("cpu.json").read_text())
+    assert {"machine", "features", "torch", "build", "threads", "date", "commit", "direction"} <= set(results)
+    assert results["build"]["cpu_isa"]
+    rows = {(r["kind"], r["contender"]): r for r in results["rows"]}
+    for kind, name in [("prefill", "composed"), ("decode", "torch bmm"), ("module", "transformers sdpa")]:
+        assert len(rows[kind, name]["samples_s"]) == len(rows[kind, name]["ours_samples_s"]) > 0
+        assert rows[kind, name]["speedup"] > 0
+    assert rows["prefill", "bmm of the blocks"]["percent_of_ceiling"] > 0
+    assert rows["decode", "read of K and V"]["note"]
+    assert "speedup" not in rows["prefill", "K pass"]
+    assert rows["prefill", "dca_ext"]["kernel"].startswith("cpu/")
+    assert [r["contender"] for r in results["rows"]].count("dca_ext") == 3
+    assert results["memory"][0]["out_and_rotated_k_mib"] > 0
+    said = capsys.readouterr().out
+    assert said.startswith(results["machine"])
+    assert "memory of one prefill" in said
+
+
+@pytest.mark.usefixtures("_tiny_shape")
+def test_ctrl_c_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    whole = cpu_runs.CaseRun.row
+
+    def interrupted(case_run: cpu_runs.CaseRun, contender: Contender) -> dict:
+        if contender.name == "composed":
+            raise KeyboardInterrupt
+        return whole(case_run, contender)
+
+    monkeypatch.setattr(cpu_runs.CaseRun, "row", interrupted)
+    assert bench_cpu.main(TINY) == 130
+    names = [r["contender"] for r in json.loads(Path("cpu.json").read_text())["rows"]]
+    assert names[0] == "dca_ext"
+    assert names[-1] == "transformers eager"
+    assert "torch sdpa" in capsys.readouterr().out
+
+
+# --- Instructions -----------------------------------------------------------------------------------------------------
+
+
+def test_instructions_are_counted_once_per_kind_of_kv_head() -> None:
+    args = instructions.parse(["--prefill", "64", "--decode", "128", "--dtype", "fp32"])
+    found = [(c.operation, c.group, c.head_dim, c.cache_dtype) for c in instructions.counts(args)]
+    heads = [(1, 128), (4, 128), (4, 64), (3, 64)]
+    assert found[:4] == [("prefill", *head, "same") for head in heads]
+    assert found[4:6] == [("decode", 1, 128, "same"), ("decode", 1, 128, "e4m3")]
+    assert "--cache-dtype=e4m3" in list(instructions.counts(args))[5].arguments()
+
+
+def test_a_missing_tool_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(instructions.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert instructions.main(["--build", str(tmp_path)]) == 2
+    assert "-DDCA_BUILD_BENCH=ON" in capsys.readouterr().err
+    monkeypatch.setattr(instructions.shutil, "which", lambda name: None)
+    assert instructions.main(["--build", str(tmp_path)]) == 2
+    assert "apt-get install valgrind" in capsys.readouterr().err
+
+
+def test_counts_come_from_callgrinds_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    def callgrind(command: list[str], env: dict[str, str], **_: object) -> subprocess.CompletedProcess[str]:
+        options = dict(part.split("=", 1) for part in command if part.startswith("--"))
+        Path(options["--callgrind-out-file"]).write_text("events: Ir\nsummary: 500\n\ntotals: 500\n")
+        Path(options["--json"]).write_text(json.dumps({"kernel": env["DCA_CPU_ISA"], "work": 4000, "work_unit": "B"}))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(instructions, "find_binary", lambda build: build / "dca_bench")
+    monkeypatch.setattr(instructions.subprocess, "run", callgrind)
+    monkeypatch.setattr(instructions, "commit", lambda: "abc")
+    assert instructions.main(["--shape=smollm2", "--prefill", "--dtype=fp32", "--json=counts.json"]) == 0
+    results = json.loads(Path("counts.json").read_text())
+    assert [r["instructions_per_unit"] for r in results["rows"]] == [0.125, 0.125]
+    assert "0.1250 per byte" in capsys.readouterr().out
+    with pytest.raises(instructions.CannotCountError, match="counted nothing"):
+        instructions.instructions_of("summary: 0\n")
+
+
+# --- The share of attention -------------------------------------------------------------------------------------------
+
+
+def test_share_of_attention_in_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    rows = attention_share.measure(model, torch.randint(32, (1, 20)), 2, lambda name: None)
+    assert [r["model"] for r in rows] == ["plain, sdpa", "DCA"]
+    for r in rows:
+        assert 0 < r["attention_s"] < r["total_s"]
+        assert 0 < r["attention_percent"] < 100
+        assert len(r["samples"]) == 2
+    assert attention_share.table(rows).splitlines()[2].startswith("plain, sdpa")
+    assert attention_share.main(["--model", str(tmp_path / "none")]) == 1
+    assert "none" in capsys.readouterr().err
