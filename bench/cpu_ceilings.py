@@ -16,7 +16,7 @@ def positions_per_tile(group: int, head_dim: int) -> int:
     """Positions of a query tile, which holds the rows of all `group` heads: cpu_tile_shape of
     csrc/dispatch/heuristics.h."""
     rows = max(1, 32768 // max(1, head_dim))
-    positions = min(max(rows // max(1, group), 8), 120)
+    positions = min(max(rows // max(1, group), 8), 240)
     return positions // 24 * 24 if positions >= 24 else positions
 
 

@@ -11,6 +11,7 @@
 namespace dca::cpu {
 
 inline constexpr int32_t kBlockKeys = 128;  ///< keys that a tile packs at a time; the row stride of its logits
+inline constexpr int32_t kPanelGap = 16;    ///< words between panels of values
 inline constexpr int32_t kTileRows = 6;     ///< rows of a product in registers: 6 x 2 sums, 2 operands, 1 broadcast
 
 /// Rows of one attention head in a cache: row r at data + r * stride elements, head_dim contiguous elements each.

@@ -13,7 +13,7 @@ namespace dca::cpu {
 struct TileBuffers {
   float* queries;  ///< (rows, dim) packed
   float* keys;     ///< (kBlockKeys, dim) packed
-  float* values;   ///< (kBlockKeys, dim) packed
+  float* values;   ///< (kBlockKeys, dim) packed, kPanelGap between panels
   float* logits;   ///< (kStripRows, kBlockKeys)
   float* staged;   ///< (kTileRows, dim)
 
@@ -21,12 +21,12 @@ struct TileBuffers {
   static constexpr int32_t kStripRows = 24;
 
   static int64_t count(int64_t rows, int64_t dim) {
-    return rows * dim + kBlockKeys * (2 * dim + kStripRows) + kTileRows * dim;
+    return rows * dim + kBlockKeys * (2 * dim + kStripRows) + dim * kPanelGap + kTileRows * dim;
   }
   TileBuffers(int64_t rows, int64_t dim, float* memory) {
     keys = memory;
     values = keys + kBlockKeys * dim;
-    logits = values + kBlockKeys * dim;
+    logits = values + (kBlockKeys + kPanelGap) * dim;
     queries = logits + kStripRows * kBlockKeys;
     staged = queries + rows * dim;
   }

@@ -22,7 +22,7 @@ inline constexpr int32_t kCpuTaskElements = 32768;
 /// mainloop.
 constexpr CpuTileShape cpu_tile_shape(int32_t group, int32_t head_dim) {
   const int32_t rows = std::max(1, kCpuTaskElements / std::max(1, head_dim));
-  const int32_t block_m = std::clamp(rows / std::max(1, group), 8, 120);
+  const int32_t block_m = std::clamp(rows / std::max(1, group), 8, 240);
   return {block_m >= 24 ? block_m / 24 * 24 : block_m};
 }
 

@@ -13,7 +13,7 @@ TEST(Heuristics, TilesFitInCacheAndAreWholeStrips) {
     for (const int32_t group : {1, 2, 3, 4, 7, 8, 16, 64}) {
       const CpuTileShape shape = cpu_tile_shape(group, head_dim);
       EXPECT_GE(shape.block_m, 8);
-      EXPECT_LE(shape.block_m, 120);
+      EXPECT_LE(shape.block_m, 240);
       EXPECT_TRUE(shape.block_m < 24 || shape.block_m % 24 == 0);
       // 8 positions are the least, however wide the group.
       EXPECT_TRUE(shape.block_m == 8 || 2LL * shape.block_m * group * head_dim * 4 <= 256 * 1024);
