@@ -173,12 +173,12 @@ class Tile {
         task_(task),
         w_(scratch),
         info_(SeqlenInfo::of(p, task.b)),
-        keys_(p, p.k, info_, task.b, task.kv_head),
-        values_(p, p.v, info_, task.b, task.kv_head),
+        keys_(p, p.k, p.k_scale, info_, task.b, task.kv_head),
+        values_(p, p.v, p.v_scale, info_, task.b, task.kv_head),
         group_(p.num_heads / p.num_heads_kv),
         positions_(task.q_end - task.q_begin),
         dim_(round_up(p.head_dim, mk.lanes)),
-        scale_(logit_scale(p, info_, task.b) * kLog2E * p.k_scale.of(task.kv_head)) {}
+        scale_(logit_scale(p, info_, task.b) * kLog2E * head_scale(p, p.k_scale, task.kv_head)) {}
 
   void run() {
     const int32_t rows = group_ * positions_;
@@ -211,7 +211,7 @@ class Tile {
         const bool empty = w_.row_sum[i] == 0.0f;
         const float lse = empty ? -INFINITY : (w_.row_max[i] + std::log2(w_.row_sum[i])) * kLn2;
         float* o = w_.o + i * dim_;
-        const float inverse = empty ? 0.0f : p_.v_scale.of(task_.kv_head) / w_.row_sum[i];
+        const float inverse = empty ? 0.0f : head_scale(p_, p_.v_scale, task_.kv_head) / w_.row_sum[i];
         for (int32_t c = 0; c < p_.head_dim; ++c) o[c] *= inverse;
         visit(info_.row(task_.q_begin + r), task_.kv_head * group_ + h, o, lse);
       }
@@ -276,16 +276,20 @@ class Tile {
       for (int32_t j = 0; j < count; ++j) {
         float* row = block + static_cast<int64_t>(offset + j) * dim_;
         mk_.load_row(run.from(j).data, run.dtype, p_.head_dim, row);
+        if (run.scales != nullptr) {
+          const float scale = run.scales[j * run.scale_stride];
+          for (int32_t c = 0; c < p_.head_dim; ++c) row[c] *= scale;
+        }
         std::fill(row + p_.head_dim, row + dim_, 0.0f);
       }
     });
   }
 
   void pack_keys(int32_t begin, int32_t n) {
-    if (keys_.contiguous()) {
+    if (keys_.contiguous() && !keys_.scaled()) {
       keys_.for_each_run(
           begin, n, [&](HeadRows run, int32_t, int32_t count) { mk_.pack_keys(run, count, p_.head_dim, w_.panels); });
-    } else {  // pages may end inside a panel: gather first, where the values will come afterwards
+    } else {  // pages may end inside a panel, and panels take no scales: gather first, where the values will come
       load_block(keys_, begin, n, w_.values);
       mk_.pack_keys({w_.values, dim_, DType::Float32}, n, p_.head_dim, w_.panels);
     }
@@ -308,13 +312,22 @@ class Tile {
     }
   }
 
+  // The rows of an Int8 cache are read without their scales, which are factors on its columns of logits and weights.
+  // Columns that a row of the tile does not see may become NaN; nothing reads them.
+  void scale_columns(HeadRows rows, int32_t offset, int32_t count) const {
+    if (rows.scales == nullptr) return;
+    mk_.scale_columns(w_.s + offset, shape_.block_n, group_ * positions_, count, rows.scales, rows.scale_stride);
+  }
+
   void unpacked_block(int32_t begin, int32_t n, bool masked) {
     const int32_t rows = group_ * positions_;
     keys_.for_each_run(begin, n, [&](HeadRows run, int32_t offset, int32_t count) {
       mk_.qk_rows(w_.q, dim_, rows, run, count, dim_, w_.s + offset, shape_.block_n);
+      scale_columns(run, offset, count);
     });
     softmax_rows(0, rows, begin, n, masked);
     values_.for_each_run(begin, n, [&](HeadRows run, int32_t offset, int32_t count) {
+      scale_columns(run, offset, count);
       weigh_values(0, rows, run, begin, offset, count, masked);
     });
   }
