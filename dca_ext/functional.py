@@ -9,12 +9,20 @@ Shapes, as in the flash-attention family; head_dim is contiguous, all other stri
     out                  like q
     lse                  (batch, num_heads, seqlen_q), or ragged (num_heads, total_q); float32, natural logarithm
 
-    k_scale, v_scale     a float, or float32 () or (1,), or (num_heads_kv,): one for all KV heads or one for each
+    k_scale, v_scale     of float8_e4m3fn caches: a float, or float32 () or (1,), or (num_heads_kv,): one for all KV
+                         heads or one for each; of int8 caches: float32, shaped like the cache without head_dim
 
 q, k, v and caches share one dtype (float32, bfloat16 or float16) and one device; num_heads is a multiple of
-num_heads_kv. Both caches may be float8_e4m3fn instead, half the size of bfloat16: an element x then means x * scale,
-and a scale of None is 1; see `kv_cache_scale`. On CUDA head_dim must then be a multiple of 16. Rows that see no key
-give out = 0 and lse = -inf. Work is that of causal attention: 4 * head_dim * num_heads FLOP per visible key.
+num_heads_kv. Both caches may hold 8-bit numbers instead, half the size of bfloat16: an element x then means x * scale.
+
+- float8_e4m3fn: the scales are given and stay as they are, None is 1; see `kv_cache_scale`. On CUDA head_dim must be a
+  multiple of 16.
+- int8, on the CPU only: each slot and KV head has a scale, which appending writes beside the numbers: the largest
+  magnitude of the row / 127. The number is x / scale, rounded to nearest even. A row of zeros has scale 0; one with a
+  NaN or an infinity has scale NaN and numbers 0, so that it stays NaN for every query that sees it.
+
+Rows that see no key give out = 0 and lse = -inf. Work is that of causal attention: 4 * head_dim * num_heads FLOP per
+visible key.
 
 Errors common to all: ValueError for a shape, dtype, device, stride or number that cannot be, and, on the CPU or with
 the environment variable DCA_CHECK=1, for values in length tensors, page tables and scale tensors; TypeError for an
@@ -240,12 +248,13 @@ def rotate_and_append_kv(
         max_seqlen_q: with cu_seqlens_q: at least the longest sequence.
         k_scale: of a float8_e4m3fn k_cache: a float, or float32 (), (1,) or (num_heads_kv,). What is written is the
             rotated key / k_scale, rounded once to nearest even; beyond +-448 it becomes +-448, and NaN stays NaN.
-        v_scale: of a float8_e4m3fn v_cache, likewise.
+            Of an int8 k_cache: float32, shaped like it without head_dim, any strides. Mutated: the new rows' scales.
+        v_scale: of a float8_e4m3fn or int8 v_cache, likewise.
         interleaved: rotary pairs are (2c, 2c + 1) instead of (c, c + rotary_dim / 2).
 
     Raises:
-        ValueError: among others, for scales with caches that are not float8_e4m3fn, and for scales that are not finite
-            and above 0.
+        ValueError: among others, for scales with caches of other dtypes, for scales of a float8_e4m3fn cache that are
+            not finite and above 0, and for an int8 cache without scales.
         NotImplementedError: if k or v requires grad and grad mode is on: no gradient flows into a cache.
     """
     _require_tensors(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
@@ -258,6 +267,8 @@ def rotate_and_append_kv(
     lengths, length = _split_lengths(cache_seqlens)
     k_scales, k_scale_value = _split_scale("k_scale", k_scale, k_cache)
     v_scales, v_scale_value = _split_scale("v_scale", v_scale, v_cache)
+    # To the operator, scales that it reads and scales that it writes are different arguments.
+    writes_scales = k_cache.dtype == torch.int8
     torch.ops.dca_ext.rotate_and_append_kv(
         k,
         v,
@@ -273,10 +284,12 @@ def rotate_and_append_kv(
         length,
         cache_leftpad,
         page_table,
-        k_scales,
+        None if writes_scales else k_scales,
         k_scale_value,
-        v_scales,
+        None if writes_scales else v_scales,
         v_scale_value,
+        k_scales if writes_scales else None,
+        v_scales if writes_scales else None,
         interleaved,
     )
 
@@ -326,8 +339,9 @@ def dca_attention_with_kvcache(
         cache_leftpad: (batch,), int32: slots in front of each sequence that are not its tokens; slot s is position
             s - cache_leftpad[b].
         k_scale: of a float8_e4m3fn k_cache: a float, or float32 (), (1,) or (num_heads_kv,): a cached element x means
-            x * k_scale. New keys are divided by it.
-        v_scale: of a float8_e4m3fn v_cache, likewise.
+            x * k_scale. New keys are divided by it. Of an int8 k_cache: float32, shaped like it without head_dim, any
+            strides: mutated where new keys are written.
+        v_scale: of a float8_e4m3fn or int8 v_cache, likewise.
         softmax_scale: factor on the logits; default 1 / sqrt(head_dim).
         temperature: (batch,), float32: one more factor per sequence, in place of ``config.temperature``.
         num_splits: parts into which the keys of a query tile are split; 0 chooses. More parts fill more processors.
@@ -425,8 +439,9 @@ def dca_segment_attention(
         max_seqlen_q: with cu_seqlens_q: at least the longest sequence.
         page_table: (batch, max_pages), int32.
         cache_leftpad: (batch,), int32.
-        k_scale: of a float8_e4m3fn k_cache: a float, or float32 (), (1,) or (num_heads_kv,).
-        v_scale: of a float8_e4m3fn v_cache, likewise.
+        k_scale: of a float8_e4m3fn k_cache: a float, or float32 (), (1,) or (num_heads_kv,). Of an int8 k_cache:
+            float32, shaped like it without head_dim, any strides.
+        v_scale: of a float8_e4m3fn or int8 v_cache, likewise.
         softmax_scale: factor on the logits; default 1 / sqrt(head_dim).
         temperature: (batch,), float32: one more factor per sequence, in place of ``config.temperature``.
         num_splits: parts into which the keys of a query tile are split; 0 chooses.
@@ -573,10 +588,19 @@ def _split_lengths(cache_seqlens: int | Tensor) -> tuple[Tensor | None, int]:
 
 def _split_scale(name: str, scale: float | Tensor | None, cache: Tensor) -> tuple[Tensor | None, float]:
     """The operators take a scale as a tensor, or else as a number, which then needs no memory on the device."""
+    if cache.dtype == torch.int8:
+        if not isinstance(scale, Tensor):
+            given = "none" if scale is None else type(scale).__name__
+            raise ValueError(
+                f"{name} of an int8 cache must be a float32 tensor with a scale for each slot and KV head; got {given}"
+            )
+        return scale, 1.0
     if scale is None:
         return None, 1.0
     if cache.dtype != torch.float8_e4m3fn:
-        raise ValueError(f"{name} must be None unless the caches are float8_e4m3fn; got a scale for {cache.dtype}")
+        raise ValueError(
+            f"{name} must be None unless the caches are float8_e4m3fn or int8; got a scale for {cache.dtype}"
+        )
     if isinstance(scale, Tensor):
         return scale, 1.0
     if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat):
@@ -593,10 +617,10 @@ def _require_attendable(
     if q.stride(-1) != 1 and q.shape[-1] > 1:
         raise ValueError(f"q must be contiguous in its last dimension; got stride {q.stride(-1)}")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.dtype not in (q.dtype, torch.float8_e4m3fn) or cache.device != q.device:
+        if cache.dtype not in (q.dtype, torch.float8_e4m3fn, torch.int8) or cache.device != q.device:
             raise ValueError(
-                f"{name} must have the dtype of q, or float8_e4m3fn, and be on its device ({q.dtype}, {q.device}); "
-                f"got {cache.dtype}, {cache.device}"
+                f"{name} must have the dtype of q, or float8_e4m3fn or int8, and be on its device ({q.dtype}, "
+                f"{q.device}); got {cache.dtype}, {cache.device}"
             )
         if cache.dim() == 4 and cache.shape[3] != q.shape[-1]:
             raise ValueError(f"head_dim of {name} must be that of q ({q.shape[-1]}); got {cache.shape[3]}")

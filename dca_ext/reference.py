@@ -281,8 +281,8 @@ def rotate_and_append_kv(
         )[0]
         for r in range(k_b.shape[0]):
             entry = _slot(before[b] + r, b, page_table, k_cache)
-            k_cache[entry] = _stored(k_rotated[r], k_scale, k_cache)
-            v_cache[entry] = _stored(v_b[r].to(compute_dtype), v_scale, v_cache)
+            _store(k_rotated[r], k_cache, k_scale, entry)
+            _store(v_b[r].to(compute_dtype), v_cache, v_scale, entry)
 
 
 def dca_attention_with_kvcache(
@@ -345,14 +345,14 @@ def dca_attention_with_kvcache(
     lse = torch.full(lse_shape, -math.inf, dtype=torch.float32, device=q.device)
     for b, rows in enumerate(sequences):
         slots = range(leftpad[b], total[b])
-        keys = _gather(k_cache, b, slots, page_table).to(compute_dtype)
-        values = _gather(v_cache, b, slots, page_table).to(compute_dtype)
+        keys = _meaning(k_cache, k_scale, b, slots, page_table, compute_dtype)
+        values = _meaning(v_cache, v_scale, b, slots, page_table, compute_dtype)
         q_b = q[rows] if ragged else q[b]
         positions = torch.arange(kv_lens[b] - q_b.shape[0], kv_lens[b], device=q.device)
         out_b, lse_b = attend(
             q_b.to(compute_dtype),
-            keys * _per_head(k_scale, keys),
-            values * _per_head(v_scale, values),
+            keys,
+            values,
             positions,
             rotary_cos,
             rotary_sin,
@@ -452,7 +452,7 @@ def _slot(slot: int, b: int, page_table: Tensor | None, cache: Tensor) -> tuple[
 
 
 def _gather(cache: Tensor, b: int, slots: range, page_table: Tensor | None) -> Tensor:
-    """The slots of one sequence, (len(slots), H_kv, D)."""
+    """The slots of one sequence, (len(slots), H_kv, D); of scales (len(slots), H_kv)."""
     if page_table is None:
         return cache[b, slots.start : slots.stop]
     entries = torch.arange(slots.start, slots.stop, device=cache.device)
@@ -465,10 +465,41 @@ def _per_head(scale: float | Tensor | None, like: Tensor) -> Tensor:
     return torch.as_tensor(1.0 if scale is None else scale, dtype=like.dtype, device=like.device).reshape(-1, 1)
 
 
-def _stored(rows: Tensor, scale: float | Tensor | None, cache: Tensor) -> Tensor:
-    """Rows (H_kv, D) as elements of the cache: float8_e4m3fn ends at its largest number, where torch makes NaN."""
+def _meaning(
+    cache: Tensor,
+    scale: float | Tensor | None,
+    b: int,
+    slots: range,
+    page_table: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What the slots of one sequence stand for, (len(slots), H_kv, D): elements times their scale."""
+    rows = _gather(cache, b, slots, page_table).to(dtype)
+    if cache.dtype == torch.int8:
+        assert isinstance(scale, Tensor)
+        return rows * _gather(scale, b, slots, page_table).to(dtype)[..., None]
+    return rows * _per_head(scale, rows)
+
+
+def _store(rows: Tensor, cache: Tensor, scale: float | Tensor | None, entry: tuple[int, int]) -> None:
+    """Writes rows (H_kv, D) to one slot of the cache, and of an int8 cache their scales beside them."""
+    if cache.dtype == torch.int8:
+        assert isinstance(scale, Tensor)
+        cache[entry], scale[entry] = _quantize(rows)
+        return
     rows = rows / _per_head(scale, rows)
-    if cache.dtype == torch.float8_e4m3fn:
+    if cache.dtype == torch.float8_e4m3fn:  # it ends at its largest number, where torch makes NaN
         largest = torch.finfo(cache.dtype).max
         rows = rows.clamp(-largest, largest)
-    return rows.to(cache.dtype)
+    cache[entry] = rows.to(cache.dtype)
+
+
+def _quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (..., D) as whole numbers in [-127, 127], int8 (..., D), and their scales, float32 (...).
+
+    Zeros have scale 0. A NaN or an infinity makes the scale NaN, and the numbers 0.
+    """
+    largest = rows.abs().amax(dim=-1)
+    scale = torch.where(largest.isfinite(), largest / 127, math.nan).float()
+    numbers = torch.round(rows / scale.to(rows.dtype)[..., None]).clamp(-127, 127)
+    return torch.where(scale[..., None] > 0, numbers, 0).to(torch.int8), scale

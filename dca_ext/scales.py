@@ -1,4 +1,4 @@
-"""Scales for KV caches of 8-bit floating point."""
+"""Scales for KV caches of 8-bit floating point. Those of int8 caches are written with the rows."""
 
 from __future__ import annotations
 

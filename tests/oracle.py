@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -127,30 +127,50 @@ def baseline_attention(
 
 @dataclass
 class Cache:
-    """A KV cache in one of its layouts; what no token owns is NaN, and unused page ids are out of range."""
+    """A KV cache in one of its layouts; what no token owns is NaN, and unused page ids are out of range.
+
+    int8 has no NaN: there it is -128, which no append writes, with scales of NaN.
+    """
 
     k: Tensor
     v: Tensor
     page_table: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
     @property
     def layout(self) -> dict[str, Tensor]:
         return {} if self.page_table is None else {"page_table": self.page_table}
+
+    def sequence(self, b: int) -> Cache:
+        """Of sequence b alone."""
+        if self.page_table is not None:
+            return replace(self, page_table=self.page_table[b : b + 1])
+        parts = (None if x is None else x[b : b + 1] for x in (self.k, self.v, self.page_table, *self.scales.values()))
+        return Cache(*parts)
+
+    @property
+    def scales(self) -> dict[str, Tensor]:
+        return {} if self.k_scale is None or self.v_scale is None else dict(k_scale=self.k_scale, v_scale=self.v_scale)
 
 
 def empty_cache(
     batch: int, slots: int, heads: int, dim: int, dtype: torch.dtype, *, page_size: int | None = None
 ) -> Cache:
     """Contiguous, or in pages of page_size slots handed out in a random order with pages of nobody between them."""
-    if page_size is None:
-        k = torch.full((batch, slots, heads, dim), math.nan, dtype=dtype)
-        return Cache(k, k.clone())
-    pages_each = -(-slots // page_size)
-    num_pages = batch * pages_each + 3
-    k = torch.full((num_pages, page_size, heads, dim), math.nan, dtype=dtype)
-    table = torch.full((batch, pages_each + 2), 2**30, dtype=torch.int32)
-    table[:, :pages_each] = torch.randperm(num_pages)[: batch * pages_each].reshape(batch, pages_each)
-    return Cache(k, k.clone(), table)
+    table = None
+    blocks = batch
+    if page_size is not None:
+        pages_each = -(-slots // page_size)
+        blocks, slots = batch * pages_each + 3, page_size
+        table = torch.full((batch, pages_each + 2), 2**30, dtype=torch.int32)
+        table[:, :pages_each] = torch.randperm(blocks)[: batch * pages_each].reshape(batch, pages_each)
+    k = torch.full((blocks, slots, heads, dim), -128 if dtype == torch.int8 else math.nan, dtype=dtype)
+    if dtype != torch.int8:
+        return Cache(k, k.clone(), table)
+    # Heads first and with gaps: the scales of a cache may have any strides.
+    scales = [torch.full((heads, blocks, slots, 3), math.nan)[..., 1].permute(1, 2, 0) for _ in range(2)]
+    return Cache(k, k.clone(), table, *scales)
 
 
 def ragged_borders(*lengths: int) -> Tensor:

@@ -69,18 +69,21 @@ def test_bench_verifies_caches_of_pages(operation: str, tmp_path_factory: pytest
     assert "max error" in result.stdout
 
 
+@pytest.mark.parametrize("layout", [[], ["--page-size=16"]], ids=["contiguous", "pages"])
+@pytest.mark.parametrize("cache_dtype", ["e4m3", "int8"])
 @pytest.mark.parametrize("operation", ["decode", "append"])
 def test_bench_verifies_caches_of_8_bit_numbers(
-    operation: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    operation: str, cache_dtype: str, layout: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     file = tmp_path / "result.json"
-    narrow = ["--dtype=bf16", "--cache-dtype=e4m3", "--verify", "--json", file]
+    narrow = ["--dtype=bf16", f"--cache-dtype={cache_dtype}", *layout, "--verify", "--json", file]
     result = run(bench(tmp_path_factory), operation, *SHAPE, *narrow)
-    assert "cache e4m3" in result.stdout
+    assert f"cache {cache_dtype}" in result.stdout
     row = json.loads(file.read_text())
-    elements = 2 * 2 * 200 * 2 * 80  # k and v
-    assert row["cache_dtype"] == "e4m3"
-    assert row["work"] == pytest.approx(elements if operation == "decode" else (2 + 1) * elements)
+    rows = 2 * 2 * 200 * 2  # of k and v
+    cached = rows * (80 + (4 if cache_dtype == "int8" else 0))  # int8 has a scale for each
+    assert row["cache_dtype"] == cache_dtype
+    assert row["work"] == pytest.approx(cached if operation == "decode" else rows * 80 * 2 + cached)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +97,8 @@ def test_bench_verifies_caches_of_8_bit_numbers(
         (["decode", "--device=cuda"], "--device=cuda needs"),  # a build with CUDA kernels, or else a CUDA device
         (["prefill", "--heads", "many"], "--heads must be an integer between 1 and 2147483647; got 'many'"),
         (["prefill", "--dtype", "int8"], "--dtype must be fp32, bf16 or fp16; got 'int8'"),
-        (["decode", "--cache-dtype", "e5m2"], "--cache-dtype must be same or e4m3; got 'e5m2'"),
+        (["decode", "--cache-dtype", "e5m2"], "--cache-dtype must be same, e4m3 or int8; got 'e5m2'"),
+        (["decode", "--cache-dtype=int8", "--device=cuda"], "--cache-dtype=int8 is for --device=cpu; got cuda"),
         (["prefill", "--cache-dtype", "e4m3"], "--cache-dtype is for decode and append; got prefill"),
         (["prefill", "--speed", "9"], "unknown option '--speed'"),
         (["decode", "--heads=7"], "num_heads must be a positive multiple of num_heads_kv"),

@@ -222,7 +222,7 @@ REFUSED = {
     "a bool": (dict(k_scale=True), "k_scale must be a float, or a float32 tensor"),
     "another 8-bit float": (
         dict(k_cache=torch.zeros(2, 10, KV_HEADS, DIM).to(torch.float8_e5m2)),
-        "k_cache must have the dtype of q, or float8_e4m3fn",
+        "k_cache must have the dtype of q, or float8_e4m3fn or int8",
     ),
     "caches that differ": (dict(v_cache=torch.zeros(2, 10, KV_HEADS, DIM)), "v_cache.* must have the dtype of k_cache"),
 }
@@ -248,10 +248,10 @@ def test_bad_scales_and_caches_are_refused(name, appends):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["k_scale", "v_scale"])
-def test_scales_are_for_float8_caches_alone(name, dtype):
+def test_scales_are_for_caches_of_8_bits_alone(name, dtype):
     q, k, v = rows(2, 3, dtype)
     cache = empty_cache(2, 10, KV_HEADS, DIM, dtype)
-    message = f"{name} must be None unless the caches are float8_e4m3fn; got a scale for {dtype}"
+    message = f"{name} must be None unless the caches are float8_e4m3fn or int8; got a scale for {dtype}"
     arguments = (cache.k, cache.v, COS, SIN, SMALL)
     for scale in (1.0, torch.ones(KV_HEADS)):
         with pytest.raises(ValueError, match=message):
@@ -284,7 +284,8 @@ def test_opcheck():
         0.25, None, 0, 0, False, True,
     )  # fmt: skip
     append_call = (
-        k, v, cache.k, cache.v, COS, SIN, n, p, None, 0, None, 3, None, None, k_scale, 1.0, v_scale, 1.0, False
+        k, v, cache.k, cache.v, COS, SIN, n, p, None, 0, None, 3, None, None, k_scale, 1.0, v_scale, 1.0, None, None,
+        False,
     )  # fmt: skip
     # All but test_schema, which compares tensors by arithmetic that torch has not for float8; the operators pass it in
     # other dtypes.

@@ -47,7 +47,10 @@ def operator_calls():
     )  # fmt: skip
     cache = empty_cache(2, 64, KV_HEADS, DIM, torch.float32, page_size=16)
     lengths = torch.tensor([3, 5], dtype=torch.int32)
-    append = (k, v, cache.k, cache.v, COS, SIN, n, p, None, 0, lengths, 0, None, cache.page_table, *unscaled, False)
+    append = (
+        k, v, cache.k, cache.v, COS, SIN, n, p, None, 0, lengths, 0, None, cache.page_table, *unscaled, None, None,
+        False,
+    )  # fmt: skip
     yield "append", ops.rotate_and_append_kv, append
     yield "rotate", ops.rotate_keys, (k, COS, SIN, n, p, None, 0, lengths, 0, None, True)
     yield "merge", ops.merge_attention_states, ([q, q], [torch.randn(2, HEADS, 50)] * 2)

@@ -36,10 +36,12 @@ class CpuMachine : public Machine {
   void copy_from_host(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 
   void fill_random(void* data, DType dtype, int64_t count, uint64_t seed) const override {
+    const double largest = dtype == DType::Int8 ? 127.0 : 1.0;
     uint64_t state = seed;  // a plain generator, since buffers have up to 10^9 elements
     for (int64_t i = 0; i < count; ++i) {
       state = state * 6364136223846793005u + 1442695040888963407u;
-      reference::write(data, dtype, i, static_cast<double>(static_cast<int64_t>(state >> 11)) * 0x1p-52 - 1.0);
+      const double uniform = static_cast<double>(static_cast<int64_t>(state >> 11)) * 0x1p-52 - 1.0;
+      reference::write(data, dtype, i, largest * uniform);
     }
   }
 

@@ -62,6 +62,8 @@ void fill_uniform(void* data, DType dtype, int64_t count, uint64_t seed, cudaStr
     case DType::Float8E4M3:
       fill<<<kBlocks, kThreads, 0, stream>>>(static_cast<__nv_fp8_e4m3*>(data), count, seed);
       break;
+    case DType::Int8:
+      throw std::logic_error("a cache of int8 is for the CPU");
     case DType::Same:
       throw std::logic_error("a tensor has a dtype of its own");
   }

@@ -58,6 +58,15 @@ Tensor CacheLayout::random_cache(const Machine& machine, const Options& o, uint6
   return tensor;
 }
 
+Tensor CacheLayout::scales(const Machine& machine, const Options& o) const {
+  const int64_t heads = o.cache_dtype == DType::Int8 ? o.kv_heads : 0;
+  Tensor tensor = page_size == 0 ? Tensor(machine, DType::Float32, o.batch, o.seqlen, heads, 1)
+                                 : Tensor(machine, DType::Float32, o.batch * max_pages, page_size, heads, 1);
+  const std::vector<float> values(static_cast<size_t>(tensor.count), 1.0f / 127.0f);
+  machine.copy_from_host(tensor.memory.get(), values.data(), tensor.bytes());
+  return tensor;
+}
+
 PageTable CacheLayout::pages_at(const int32_t* table) const {
   if (page_size == 0) return {};
   PageTable pages;

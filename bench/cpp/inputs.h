@@ -29,6 +29,8 @@ struct CacheLayout {
   CacheLayout(const Machine& machine, const Options& options);
   Tensor cache(const Machine& machine, const Options& options) const;
   Tensor random_cache(const Machine& machine, const Options& options, uint64_t seed) const;
+  /// The scales of an Int8 cache, its layout with a head_dim of 1, 1 / 127 each; none for other caches.
+  Tensor scales(const Machine& machine, const Options& options) const;
   PageTable pages() const { return pages_at(page_table.data()); }
   PageTable host_pages() const { return pages_at(page_table.host.data()); }
 

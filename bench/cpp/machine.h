@@ -39,7 +39,7 @@ class Machine {
   virtual std::shared_ptr<void> allocate(size_t bytes) const = 0;
   virtual void copy_to_host(void* to, const void* from, size_t bytes) const = 0;
   virtual void copy_from_host(void* to, const void* from, size_t bytes) const = 0;
-  /// Uniform in [-1, 1).
+  /// Uniform in [-1, 1), Int8 in [-127, 127].
   virtual void fill_random(void* data, DType dtype, int64_t count, uint64_t seed) const = 0;
 
   /// Seconds of each timed call, after the warm-up.

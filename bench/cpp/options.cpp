@@ -59,7 +59,7 @@ const std::vector<IntegerFlag>& integer_flags() {
   for (const IntegerFlag& flag : integer_flags()) print(std::string(flag.name) + " N", flag.help);
   print("--device NAME", "cpu or cuda (cpu)");
   print("--dtype TYPE", "fp32, bf16 or fp16 (fp32; CUDA: bf16)");
-  print("--cache-dtype TYPE", "decode, append: same (as --dtype) or e4m3, 8-bit floating point (same)");
+  print("--cache-dtype TYPE", "decode, append: same (as --dtype), e4m3, or int8 with a scale per row (same)");
   print("--timing WAY",
         "CUDA: events around the call, or around the replay of a graph (events for prefill, else graph)");
   print("--verify", "compare with the double-precision reference; fails if the error is too large");
@@ -85,10 +85,10 @@ DType to_dtype(const std::string& text) {
 }
 
 DType to_cache_dtype(const std::string& text) {
-  for (const DType dtype : {DType::Same, DType::Float8E4M3}) {
+  for (const DType dtype : {DType::Same, DType::Float8E4M3, DType::Int8}) {
     if (text == name_of(dtype)) return dtype;
   }
-  throw std::invalid_argument("--cache-dtype must be same or e4m3; got '" + text + "'");
+  throw std::invalid_argument("--cache-dtype must be same, e4m3 or int8; got '" + text + "'");
 }
 
 Device to_device(const std::string& text) {
@@ -174,6 +174,9 @@ void complete(Options& options) {
     throw std::invalid_argument(std::string("--cache-dtype is for decode and append; got ") +
                                 name_of(options.operation));
   }
+  if (options.cache_dtype == DType::Int8 && options.device != Device::Cpu) {
+    throw std::invalid_argument(std::string("--cache-dtype=int8 is for --device=cpu; got ") + name_of(options.device));
+  }
   if (options.json.empty()) return;
   const std::filesystem::path folder = std::filesystem::absolute(options.json).parent_path();
   if (!std::filesystem::is_directory(folder)) {  // said now, not after minutes of measuring
@@ -206,8 +209,10 @@ const char* name_of(DType dtype) {
       return "bf16";
     case DType::Float16:
       return "fp16";
-    default:
+    case DType::Float8E4M3:
       return "e4m3";
+    default:
+      return "int8";
   }
 }
 

@@ -1,6 +1,7 @@
 #include "verification.h"
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <vector>
 
@@ -11,10 +12,18 @@ namespace dca::bench {
 namespace {
 
 constexpr int32_t kAll = 512;  // rows that are compared without choosing
+constexpr double kLargestInt8 = 127.0;
 
 std::string require_verdict(const error_rule::Verdict& verdict) {
   if (!verdict.ok) throw std::runtime_error("--verify: " + verdict.message);
   return verdict.message;
+}
+
+// Of a row that was made in fp32.
+void require_scale(const char* name, double actual, double exact) {
+  if (std::fabs(actual - exact) <= 4e-7 * exact) return;
+  throw std::runtime_error(std::string("--verify: ") + name + " is " + std::to_string(actual) + ", not " +
+                           std::to_string(exact));
 }
 
 // `rows` from row `begin` of every sequence on.
@@ -46,16 +55,25 @@ std::string verify_new_rows(const AppendParams& whole, int32_t begin, int32_t co
   p.seqlen_k = count;
   p.cache_seqlen = begin;
   const DType dtype = dtype_of_cache(p);
-  std::vector<double> keys, exact_keys;
+  std::vector<double> actual, exact;
   for (const auto& row : reference::rotate_and_append_kv(p)) {
     for (int32_t c = 0; c < p.head_dim; ++c) {
-      keys.push_back(k_cache.at(row.k_offset + c));
-      const double value = reference::round_to(row.value[static_cast<size_t>(c)], dtype);
-      if (v_cache.at(row.v_offset + c) != value) throw std::runtime_error("--verify: v_cache differs from v");
+      actual.push_back(k_cache.at(row.k_offset + c));
+      const double value = v_cache.at(row.v_offset + c);
+      const double exact_value = row.value[static_cast<size_t>(c)];
+      if (dtype == DType::Int8) {  // a quotient that fp32 has rounded already
+        require_verdict(error_rule::rotation({value}, {exact_value}, kLargestInt8, dtype));
+      } else if (value != reference::round_to(exact_value, dtype)) {
+        throw std::runtime_error("--verify: v_cache differs from v");
+      }
     }
-    exact_keys.insert(exact_keys.end(), row.key.begin(), row.key.end());
+    exact.insert(exact.end(), row.key.begin(), row.key.end());
+    if (dtype == DType::Int8) {
+      require_scale("k_scale", p.k_scale_out.data[row.k_scale_offset], row.k_scale);
+      require_scale("v_scale", p.v_scale_out.data[row.v_scale_offset], row.v_scale);
+    }
   }
-  return require_verdict(error_rule::rotation(keys, exact_keys, 1.0, dtype));
+  return require_verdict(error_rule::rotation(actual, exact, dtype == DType::Int8 ? kLargestInt8 : 1.0, dtype));
 }
 
 }  // namespace

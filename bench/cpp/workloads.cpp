@@ -44,6 +44,13 @@ AttentionParams attention_params(const Options& o, const Machine& machine, const
   return p;
 }
 
+// Of one head in the cache: its elements, and its scale if it has one.
+double bytes_per_row(const Options& o) {
+  const DType dtype = dtype_of_cache(o);
+  const size_t elements = static_cast<size_t>(o.head_dim) * element_size(dtype);
+  return static_cast<double>(elements + (dtype == DType::Int8 ? sizeof(float) : 0));
+}
+
 // The CPU backend finds its own scratch memory.
 std::shared_ptr<void> give_workspace(const Machine& machine, AttentionParams& p) {
   if (p.exec.device == Device::Cpu) return nullptr;
@@ -100,8 +107,13 @@ Result run_decode(const Options& o, Machine& machine, const Rotary& rotary) {
       layout.random_cache(machine, o, 3),
       Tensor(machine, o.dtype, o.batch, o.queries, o.heads, o.head_dim),
   };
+  const Tensor k_scales = layout.scales(machine, o), v_scales = layout.scales(machine, o);
   AttentionParams p = attention_params(o, machine, rotary, tensors, o.queries);
   p.cache_dtype = o.cache_dtype;
+  if (k_scales.count > 0) {
+    p.k_scale = {1.0f, static_cast<const float*>(k_scales.memory.get()), k_scales.stride};
+    p.v_scale = {1.0f, static_cast<const float*>(v_scales.memory.get()), v_scales.stride};
+  }
   p.seqlen_k = static_cast<int32_t>(layout.total_slots);
   p.pages = layout.pages();
   // Lengths in memory, as a serving loop has them.
@@ -111,10 +123,11 @@ Result run_decode(const Options& o, Machine& machine, const Rotary& rotary) {
   require(describe_attention(p, &result.kernel));
   const auto workspace = give_workspace(machine, p);
   result.seconds = machine.time_runs([&] { return attention(p); });
-  result.work = 2.0 * static_cast<double>(o.batch * o.seqlen * o.kv_heads * o.head_dim) *
-                static_cast<double>(element_size(dtype_of_cache(o)));
+  result.work = 2.0 * static_cast<double>(o.batch * o.seqlen * o.kv_heads) * bytes_per_row(o);
   result.work_unit = "B";
-  result.ceiling = machine.read_ceiling({tensors.k.buffer(), tensors.v.buffer()});
+  Buffers read = {tensors.k.buffer(), tensors.v.buffer()};
+  if (k_scales.count > 0) read.insert(read.end(), {k_scales.buffer(), v_scales.buffer()});
+  result.ceiling = machine.read_ceiling(read);
   if (o.verify) result.verified = verify(machine, rotary, tensors, p, layout.host_pages());
   return result;
 }
@@ -124,6 +137,7 @@ Result run_append(const Options& o, Machine& machine, const Rotary& rotary) {
   const Tensor k = random_tensor(machine, o.dtype, o.batch, o.seqlen, o.kv_heads, o.head_dim, 2);
   const Tensor v = random_tensor(machine, o.dtype, o.batch, o.seqlen, o.kv_heads, o.head_dim, 3);
   const Tensor k_cache = layout.cache(machine, o), v_cache = layout.cache(machine, o);
+  const Tensor k_scales = layout.scales(machine, o), v_scales = layout.scales(machine, o);
   AppendParams p = common_params<AppendParams>(o, machine, rotary);
   p.cache_dtype = o.cache_dtype;
   p.cache_slots = static_cast<int32_t>(layout.total_slots);
@@ -131,11 +145,16 @@ Result run_append(const Options& o, Machine& machine, const Rotary& rotary) {
   p.v = v.ref();
   p.k_cache = k_cache.mutable_ref();
   p.v_cache = v_cache.mutable_ref();
+  if (k_scales.count > 0) {
+    p.k_scale_out = {static_cast<float*>(k_scales.memory.get()), k_scales.stride};
+    p.v_scale_out = {static_cast<float*>(v_scales.memory.get()), v_scales.stride};
+  }
   p.pages = layout.pages();
   Result result;
   result.seconds = machine.time_runs([&] { return rotate_and_append_kv(p); });
   const size_t written = static_cast<size_t>(k.count) * element_size(dtype_of_cache(o));
-  result.work = 2.0 * static_cast<double>(k.bytes() + written);
+  const double rows = static_cast<double>(o.batch * o.seqlen * o.kv_heads);
+  result.work = 2.0 * (static_cast<double>(k.bytes()) + rows * bytes_per_row(o));
   result.work_unit = "B";
   if (o.verify) {  // before the copy overwrites the caches
     const Tensor host_k = host_copy(machine, k), host_v = host_copy(machine, v);

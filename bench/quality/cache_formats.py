@@ -9,6 +9,7 @@ Attention, and reads the text once per format in one pass; only what the attenti
     bf16          rotated K, and V, rounded to bfloat16
     e4m3          in float8_e4m3fn caches, one scale per KV head and layer from the text's first tokens (--calibrate)
     e4m3, no scale
+    int8          in int8 caches, a scale for each token and KV head
 """
 
 from __future__ import annotations
@@ -69,6 +70,14 @@ def through_e4m3(calibrate: int) -> Attention:
     return attend
 
 
+def through_int8(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, config: DCAConfig, **kwargs: Any) -> Tensor:
+    """The library's own int8 caches."""
+    caches = [torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format) for x in (k, v)]
+    named = {name: torch.empty(x.shape[:-1]) for name, x in (("k_scale", k), ("v_scale", v))}
+    rotate_and_append_kv(k, v, *caches, cos, sin, config, cache_seqlens=0, **named)
+    return dca_attention_with_kvcache(q, *caches, cos, sin, config, cache_seqlens=k.shape[1], **named, **kwargs)
+
+
 def formats(calibrate: int) -> dict[str, Attention]:
     """Name of each format and how attention goes through it."""
     return {
@@ -76,15 +85,16 @@ def formats(calibrate: int) -> dict[str, Attention]:
         "bf16": through_rounded(torch.bfloat16),
         "e4m3": through_e4m3(calibrate),
         "e4m3, no scale": through_e4m3(0),
+        "int8": through_int8,
     }
 
 
-def measure(model: Any, tokens: Tensor, calibrate: int) -> dict[str, Tensor]:
+def measure(model: Any, tokens: Tensor, chosen: dict[str, Attention]) -> dict[str, Tensor]:
     """Loss of every token but the first, in nats, for each format."""
     losses = {}
     layers = model.config.num_hidden_layers
     with progress_bar(Console(stderr=True)) as bars:
-        for name, attention in formats(calibrate).items():
+        for name, attention in chosen.items():
             bar = bars.add_task(name, total=layers)
             with mock.patch.object(functional, "dca_attention", attention):
                 predictions = predict(model, tokens, on_layer=partial(bars.advance, bar))
@@ -116,8 +126,17 @@ def main() -> int:
     parser.add_argument("--text", type=Path, help="what to read; default: pydoc_data.topics")
     parser.add_argument("--tokens", type=int, default=12288, help="how much of it")
     parser.add_argument("--last", type=int, default=2048, help="tokens at the end that are also given alone")
+    parser.add_argument(
+        "--formats", metavar="NAME,NAME", help="some of the above; fp32 is always read, to compare with"
+    )
     parser.add_argument("--calibrate", type=int, default=256, help="tokens that the scales come from")
     args = parser.parse_args()
+    chosen = formats(args.calibrate)
+    if args.formats is not None:
+        names = ["fp32", *(name for name in args.formats.split(",") if name != "fp32")]
+        if unknown := [name for name in names if name not in chosen]:
+            parser.error(f"--formats must be some of {', '.join(chosen)}; got {unknown[0]!r}")
+        chosen = {name: chosen[name] for name in names}
     model, tokenizer = models.load_smollm2() if args.model is None else models.load_model(str(args.model))
     text = topics_text() if args.text is None else args.text.read_text(encoding="utf-8")
     tokens = tokenizer(text[: 16 * args.tokens], return_tensors="pt", add_special_tokens=False)["input_ids"]
@@ -126,7 +145,7 @@ def main() -> int:
         parser.error(f"--tokens must be at least 2, and at most the text's {tokens.shape[1]}; got {args.tokens}")
     replace_attention(model.eval().float())
     start = time.perf_counter()
-    rows = summarise(measure(model, tokens, args.calibrate), args.last)
+    rows = summarise(measure(model, tokens, chosen), args.last)
     print(f"{tokens.shape[1]} tokens, {time.perf_counter() - start:.0f} s")
     print(f"{'cache':16} {'perplexity':>10} {f'last {args.last}':>10} {'nats more than fp32':>24}")
     for row in rows:

@@ -179,7 +179,7 @@ void run_task(const AttentionParams& p, const MicroKernels& mk, const Task& task
     RowWalk(p, mk, info, task, rows, scratch.row_buffers(worker, rows.count()), state).run();
   }
   for (int32_t row = 0; row < rows.count(); ++row) {
-    const float lse = state.finish(row, p.head_dim, p.v_scale.of(rows.kv_head(row)));
+    const float lse = state.finish(row, p.head_dim, head_scale(p, p.v_scale, rows.kv_head(row)));
     visit(info.row(rows.position(row)), rows.head(row), state.row(row), lse);
   }
 }

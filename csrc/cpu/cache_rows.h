@@ -11,7 +11,16 @@ namespace dca::cpu {
 
 inline HeadRows head_rows(const void* data, DType dtype, Strides stride, int64_t batch, int64_t row, int32_t head) {
   const int64_t offset = batch * stride.batch + row * stride.row + head * stride.head;
-  return {static_cast<const char*>(data) + offset * static_cast<int64_t>(element_size(dtype)), stride.row, dtype};
+  HeadRows rows;
+  rows.data = static_cast<const char*>(data) + offset * static_cast<int64_t>(element_size(dtype));
+  rows.stride = stride.row;
+  rows.dtype = dtype;
+  return rows;
+}
+
+/// The factor that all rows of a head have in common. Those of an Int8 cache have theirs each: HeadRows::scales.
+inline float head_scale(const AttentionParams& p, const CacheScale& scale, int32_t head) {
+  return dtype_of_cache(p) == DType::Int8 ? 1.0f : scale.of(head);
 }
 
 /// `count` neighbouring rows of a cache that hold the keys or the values from `offset` on of some block.
@@ -20,6 +29,25 @@ struct RowRun {
   int64_t row;
   int32_t offset;
   int32_t count;
+};
+
+/// The K or the V of a call.
+struct Cache {
+  ConstTensorRef tensor;
+  CacheScale scale;
+  DType dtype;
+
+  static Cache keys(const AttentionParams& p) { return {p.k, p.k_scale, dtype_of_cache(p)}; }
+  static Cache values(const AttentionParams& p) { return {p.v, p.v_scale, dtype_of_cache(p)}; }
+
+  HeadRows rows(const RowRun& run, int32_t head) const {
+    HeadRows rows = head_rows(tensor.data, dtype, tensor.stride, run.batch, run.row, head);
+    if (dtype == DType::Int8) {
+      rows.scales = scale.data + run.batch * scale.stride.batch + run.row * scale.stride.row + head * scale.stride.head;
+      rows.scale_stride = scale.stride.row;
+    }
+    return rows;
+  }
 };
 
 /// Where the logical keys of one sequence lie, in K and in V alike.

@@ -14,20 +14,25 @@ inline constexpr int32_t kBlockKeys = 128;  ///< keys that a tile packs at a tim
 inline constexpr int32_t kPanelGap = 16;    ///< words between panels of values
 inline constexpr int32_t kTileRows = 6;     ///< rows of a product in registers: 6 x 2 sums, 2 operands, 1 broadcast
 
-/// Rows of one attention head in a cache: row r at data + r * stride elements, head_dim contiguous elements each.
+/// Rows of one attention head in a cache: row r at data + r * stride elements, head_dim contiguous elements each. In an
+/// Int8 cache they stand for themselves times scales[r * scale_stride]; the micro-kernels take them without it.
 struct HeadRows {
   const void* data = nullptr;
   int64_t stride = 0;
   DType dtype = DType::Float32;
+  const float* scales = nullptr;
+  int64_t scale_stride = 0;
 
   HeadRows from(int64_t row) const {
-    return {static_cast<const char*>(data) + row * stride * static_cast<int64_t>(element_size(dtype)), stride, dtype};
+    return {static_cast<const char*>(data) + row * stride * static_cast<int64_t>(element_size(dtype)), stride, dtype,
+            scales == nullptr ? nullptr : scales + row * scale_stride, scale_stride};
   }
 };
 
 /// Up to kBlockKeys keys or values of one head, wherever they lie.
 struct BlockRows {
   const void* row[kBlockKeys];
+  float scale[kBlockKeys];  ///< of each row of an Int8 cache
   int32_t count = 0;
   DType dtype = DType::Float32;
 };
@@ -65,8 +70,12 @@ struct MicroKernels {
   /// dst[0, n) = src in fp32.
   void (*load_row)(const void* src, DType dtype, int32_t n, float* dst);
 
-  /// dst[0, n) = src rounded to dtype.
+  /// dst[0, n) = src rounded to dtype, which is not Int8.
   void (*store_row)(const float* src, DType dtype, int32_t n, void* dst);
+
+  /// dst[0, n) = src / scale, rounded to nearest even, in [-127, 127]. Returns scale = max |src| / 127. Where that is
+  /// 0, dst is 0; where src has a NaN or an infinity, dst is 0 and scale NaN.
+  float (*quantize_row)(const float* src, int32_t n, int8_t* dst);
 
   /// Turns the first 2 * half channels of `row` by one row of the rotary tables.
   void (*rotate_row)(float* row, const float* cos, const float* sin, int32_t half, bool interleaved);
@@ -85,6 +94,9 @@ struct MicroKernels {
   /// o (m, dim) += p (m, n) * values (n, dim), in the same way.
   void (*pv_rows)(const float* p, int64_t ldp, int32_t m, HeadRows values, const void* next, int32_t n, int32_t dim,
                   float* o, int64_t ldo);
+
+  /// s (m, n): column j times scales[j * scale_stride].
+  void (*scale_columns)(float* s, int64_t lds, int32_t m, int32_t n, const float* scales, int64_t scale_stride);
 
   PackedProducts fp32;
   const PackedProducts* bfloat16;  ///< of bfloat16 queries, keys and values; nullptr: as fp32

@@ -30,7 +30,7 @@ class QueryRows {
   int32_t position(int32_t row) const { return task_.q_begin + row % task_.num_positions(); }
 
   /// All factors on the logits of a row, and log2(e).
-  float logit_factor(int32_t row) const { return logit_scale_ * p_.k_scale.of(kv_head(row)); }
+  float logit_factor(int32_t row) const { return logit_scale_ * head_scale(p_, p_.k_scale, kv_head(row)); }
 
   /// out (dim) = the row rotated for `segment`, zeros behind head_dim.
   void load(int32_t row, Segment segment, int64_t dim, float* out) const {

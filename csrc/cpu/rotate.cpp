@@ -78,38 +78,78 @@ Status rotate_keys(const RotateKeysParams& p) {
   return {};
 }
 
+namespace {
+
+// Where the new rows go, and in what form.
+class CacheWriter {
+ public:
+  CacheWriter(const AppendParams& p, const MicroKernels& mk) : p_(p), mk_(mk), dtype_(dtype_of_cache(p)) {}
+
+  /// Writes `row` (head_dim), which it may change, into a slot of sequence b.
+  void store_key(float* row, int32_t b, int64_t slot, int32_t head) const {
+    store(row, p_.k_cache, p_.k_scale, p_.k_scale_out, place_of(b, slot), head);
+  }
+
+  /// The same for a value, from where it lies; `scratch` is head_dim floats.
+  void store_value(const void* value, int32_t b, int64_t slot, int32_t head, float* scratch) const {
+    const Place place = place_of(b, slot);
+    if (dtype_ == p_.dtype) {  // copied as it is
+      const size_t bytes = static_cast<size_t>(p_.head_dim) * element_size(dtype_);
+      std::copy_n(static_cast<const char*>(value), bytes, static_cast<char*>(row_of(p_.v_cache, place, head)));
+      return;
+    }
+    mk_.load_row(value, p_.dtype, p_.head_dim, scratch);
+    store(scratch, p_.v_cache, p_.v_scale, p_.v_scale_out, place, head);
+  }
+
+ private:
+  struct Place {
+    int64_t batch;  // sequence or page
+    int64_t row;    // slot in it
+  };
+
+  Place place_of(int32_t b, int64_t slot) const {
+    const PageTable& pages = p_.pages;
+    if (pages.page_table == nullptr) return {b, slot};
+    return {pages.page_table[b * pages.stride_batch + slot / pages.page_size], slot % pages.page_size};
+  }
+
+  void* row_of(const TensorRef& cache, Place place, int32_t head) const {
+    return const_cast<void*>(head_rows(cache.data, dtype_, cache.stride, place.batch, place.row, head).data);
+  }
+
+  void store(float* row, const TensorRef& cache, const CacheScale& scale, const CacheScaleRef& scale_out, Place place,
+             int32_t head) const {
+    void* const out = row_of(cache, place, head);
+    if (dtype_ == DType::Int8) {
+      const Strides& stride = scale_out.stride;
+      scale_out.data[place.batch * stride.batch + place.row * stride.row + head * stride.head] =
+          mk_.quantize_row(row, p_.head_dim, static_cast<int8_t*>(out));
+      return;
+    }
+    if (dtype_ == DType::Float8E4M3) {
+      for (int32_t c = 0; c < p_.head_dim; ++c) row[c] /= scale.of(head);
+    }
+    mk_.store_row(row, dtype_, p_.head_dim, out);
+  }
+
+  const AppendParams& p_;
+  const MicroKernels& mk_;
+  const DType dtype_;
+};
+
+}  // namespace
+
 Status rotate_and_append_kv(const AppendParams& p) {
   const MicroKernels& mk = *micro_kernels();
   const NewRows<AppendParams> rows{p};
-  const DType cache_dtype = dtype_of_cache(p);
-  const size_t row_bytes = static_cast<size_t>(p.head_dim) * element_size(cache_dtype);
-  const auto cache_row = [&](const TensorRef& cache, int32_t b, int64_t slot, int32_t head) {
-    int64_t batch = b;
-    if (p.pages.page_table != nullptr) {
-      batch = p.pages.page_table[b * p.pages.stride_batch + slot / p.pages.page_size];
-      slot %= p.pages.page_size;
-    }
-    return const_cast<void*>(head_rows(cache.data, cache_dtype, cache.stride, batch, slot, head).data);
-  };
-  const auto store = [&](float* row, float scale, void* out) {
-    if (cache_dtype == DType::Float8E4M3) {
-      for (int32_t c = 0; c < p.head_dim; ++c) row[c] /= scale;
-    }
-    mk.store_row(row, cache_dtype, p.head_dim, out);
-  };
+  const CacheWriter caches(p, mk);
   for_each_new_row(p, [&](int32_t b, int64_t r, float* scratch) {
     const int64_t slot = rows.slot(b, r);
     for (int32_t head = 0; head < p.num_heads_kv; ++head) {
       rows.rotate(mk, b, r, head, scratch);
-      store(scratch, p.k_scale.of(head), cache_row(p.k_cache, b, slot, head));
-      const void* value = rows.input(p.v, b, r, head);
-      void* const to = cache_row(p.v_cache, b, slot, head);
-      if (cache_dtype == p.dtype) {  // copied as it is
-        std::copy_n(static_cast<const char*>(value), row_bytes, static_cast<char*>(to));
-      } else {
-        mk.load_row(value, p.dtype, p.head_dim, scratch);
-        store(scratch, p.v_scale.of(head), to);
-      }
+      caches.store_key(scratch, b, slot, head);
+      caches.store_value(rows.input(p.v, b, r, head), b, slot, head, scratch);
     }
   });
   return {};

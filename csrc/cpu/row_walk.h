@@ -33,7 +33,9 @@ class RowWalk {
       : p_(p),
         mk_(mk),
         task_(task),
-        cache_(p, info, task.b),
+        keys_(Cache::keys(p)),
+        values_(Cache::values(p)),
+        places_(p, info, task.b),
         rows_(rows),
         w_(buffers),
         state_(state),
@@ -68,8 +70,8 @@ class RowWalk {
   // The runs of the block that starts at key `begin`.
   void find_runs(int32_t begin, int32_t end, Runs& runs) const {
     runs.count = 0;
-    cache_.for_each_run(begin, std::min(kBlockKeys, end - begin), kRunKeys,
-                        [&](const RowRun& run) { runs.run[runs.count++] = run; });
+    places_.for_each_run(begin, std::min(kBlockKeys, end - begin), kRunKeys,
+                         [&](const RowRun& run) { runs.run[runs.count++] = run; });
   }
 
   void load_queries(Segment segment) {
@@ -81,61 +83,75 @@ class RowWalk {
     }
   }
 
-  HeadRows rows_of(const ConstTensorRef& tensor, const RowRun& run, int32_t head) const {
-    return head_rows(tensor.data, dtype_of_cache(p_), tensor.stride, run.batch, run.row, task_.kv_head_begin + head);
-  }
-
-  // Where run i of `runs` lies, or what is read after the last of them.
-  const void* ahead(const ConstTensorRef& tensor, const Runs& runs, int32_t i, const ConstTensorRef& after,
-                    const Runs& runs_after, int32_t head) const {
-    if (i < runs.count) return rows_of(tensor, runs.run[i], head).data;
+  // Where run i of `runs` of a cache lies, or what is read after the last of them.
+  const void* ahead(const Cache& cache, const Runs& runs, int32_t i, const Cache& cache_after, const Runs& runs_after,
+                    int32_t head) const {
+    if (i < runs.count) return cache.rows(runs.run[i], head).data;
     i = std::min(i - runs.count, runs_after.count - 1);
-    return i < 0 ? nullptr : rows_of(after, runs_after.run[i], head).data;
+    return i < 0 ? nullptr : cache_after.rows(runs_after.run[i], head).data;
   }
 
   void block(int32_t begin, int32_t n, bool masked) {
-    const int32_t per_head = rows_.per_kv_head();
     for (int32_t i = 0; i < now_->count; ++i) {
-      const RowRun& run = now_->run[i];
-      for (int32_t head = 0; head < task_.num_kv_heads(); ++head) {
-        const void* const next = ahead(p_.k, *now_, i + kRunsAhead, p_.v, *now_, head);
-        mk_.qk_rows(w_.queries + static_cast<int64_t>(head) * per_head * dim_, dim_, per_head, rows_of(p_.k, run, head),
-                    next, run.count, dim_, logits(head * per_head) + run.offset, kBlockKeys);
+      for (int32_t head = task_.kv_head_begin; head < task_.kv_head_end; ++head) {
+        multiply_keys(now_->run[i], ahead(keys_, *now_, i + kRunsAhead, values_, *now_, head), head);
       }
     }
     for (int32_t row = 0; row < rows_.count(); ++row) w_.seen[row] = rows_.visible(row, begin, n, masked);
     mk_.softmax_rows(w_.logits, kBlockKeys, rows_.count(), w_.seen, state_.row_max, state_.row_sum, state_.o,
                      state_.dim, dim_);
     for (int32_t i = 0; i < now_->count; ++i) {
-      for (int32_t head = 0; head < task_.num_kv_heads(); ++head) {
-        weigh_values(now_->run[i], ahead(p_.v, *now_, i + kRunsAhead, p_.k, *next_, head), head);
+      for (int32_t head = task_.kv_head_begin; head < task_.kv_head_end; ++head) {
+        weigh_values(now_->run[i], ahead(values_, *now_, i + kRunsAhead, keys_, *next_, head), head);
       }
     }
+  }
+
+  // Logits of one run for the rows of one KV head.
+  void multiply_keys(const RowRun& run, const void* next, int32_t head) {
+    const HeadRows keys = keys_.rows(run, head);
+    const int32_t first = first_row(head);
+    float* const s = logits(first) + run.offset;
+    mk_.qk_rows(w_.queries + static_cast<int64_t>(first) * dim_, dim_, rows_.per_kv_head(), keys, next, run.count, dim_,
+                s, kBlockKeys);
+    scale_columns(keys, run.count, s);
   }
 
   // O += weights * values of one run for the rows of one KV head. The values that all rows see go together and the rest
   // row by row, since a weight of 0 does not hide a NaN in a value that the row must not see.
   void weigh_values(const RowRun& run, const void* next, int32_t head) {
-    const HeadRows values = rows_of(p_.v, run, head);
-    const int32_t per_head = rows_.per_kv_head();
-    const int32_t first = head * per_head;
+    const HeadRows values = values_.rows(run, head);
+    const int32_t first = first_row(head);
     const auto seen = [&](int32_t r) { return std::clamp(w_.seen[first + r] - run.offset, 0, run.count); };
+    const auto weights = [&](int32_t r) { return logits(first + r) + run.offset; };
     int32_t common = run.count;
-    for (int32_t r = 0; r < per_head; ++r) common = std::min(common, seen(r));
-    mk_.pv_rows(logits(first) + run.offset, kBlockKeys, per_head, values, next, common, dim_, state_.row(first), dim_);
-    for (int32_t r = 0; r < per_head; ++r) {
+    for (int32_t r = 0; r < rows_.per_kv_head(); ++r) common = std::min(common, seen(r));
+    scale_columns(values, run.count, weights(0));
+    mk_.pv_rows(weights(0), kBlockKeys, rows_.per_kv_head(), values, next, common, dim_, state_.row(first), dim_);
+    for (int32_t r = 0; r < rows_.per_kv_head(); ++r) {
       if (seen(r) == common) continue;
-      mk_.pv_rows(logits(first + r) + run.offset + common, kBlockKeys, 1, values.from(common), next, seen(r) - common,
-                  dim_, state_.row(first + r), dim_);
+      mk_.pv_rows(weights(r) + common, kBlockKeys, 1, values.from(common), next, seen(r) - common, dim_,
+                  state_.row(first + r), dim_);
     }
   }
+
+  // The rows of an Int8 cache are read without their scales, which are factors on columns of logits and weights.
+  // Columns that a row does not see may become NaN; nothing reads them.
+  void scale_columns(const HeadRows& rows, int32_t count, float* s) const {
+    if (rows.scales == nullptr) return;
+    mk_.scale_columns(s, kBlockKeys, rows_.per_kv_head(), count, rows.scales, rows.scale_stride);
+  }
+
+  int32_t first_row(int32_t head) const { return (head - task_.kv_head_begin) * rows_.per_kv_head(); }
 
   float* logits(int32_t row) const { return w_.logits + static_cast<int64_t>(row) * kBlockKeys; }
 
   const AttentionParams& p_;
   const MicroKernels& mk_;
   const Task& task_;
-  const CacheRows cache_;
+  const Cache keys_;
+  const Cache values_;
+  const CacheRows places_;
   const QueryRows& rows_;
   const RowBuffers w_;
   const RunningRows state_;

@@ -40,7 +40,9 @@ class TileWalk {
         mk_(mk),
         products_(products_for(p, mk)),
         task_(task),
-        cache_(p, info, task.b),
+        keys_(Cache::keys(p)),
+        values_(Cache::values(p)),
+        places_(p, info, task.b),
         rows_(rows),
         w_(buffers),
         state_(state),
@@ -79,20 +81,23 @@ class TileWalk {
     }
   }
 
-  BlockRows rows_of(const ConstTensorRef& tensor, int32_t begin, int32_t n) const {
+  BlockRows rows_of(const Cache& cache, int32_t begin, int32_t n) const {
     BlockRows block;
     block.count = n;
-    block.dtype = dtype_of_cache(p_);
-    cache_.for_each_run(begin, n, n, [&](const RowRun& run) {
-      const HeadRows rows = head_rows(tensor.data, block.dtype, tensor.stride, run.batch, run.row, task_.kv_head_begin);
-      for (int32_t j = 0; j < run.count; ++j) block.row[run.offset + j] = rows.from(j).data;
+    block.dtype = cache.dtype;
+    places_.for_each_run(begin, n, n, [&](const RowRun& run) {
+      const HeadRows rows = cache.rows(run, task_.kv_head_begin);
+      for (int32_t j = 0; j < run.count; ++j) {
+        block.row[run.offset + j] = rows.from(j).data;
+        if (rows.scales != nullptr) block.scale[run.offset + j] = rows.scales[j * rows.scale_stride];
+      }
     });
     return block;
   }
 
   void block(int32_t begin, int32_t n, bool masked) {
-    products_.pack_keys(rows_of(p_.k, begin, n), p_.head_dim, w_.keys);
-    const BlockRows values = rows_of(p_.v, begin, n);
+    products_.pack_keys(rows_of(keys_, begin, n), p_.head_dim, w_.keys);
+    const BlockRows values = rows_of(values_, begin, n);
     const bool finite = products_.pack_values(values, p_.head_dim, w_.values);
     for (int32_t first = 0; first < rows_.count(); first += kStripRows) {
       const int32_t m = std::min(kStripRows, rows_.count() - first);
@@ -126,9 +131,10 @@ class TileWalk {
     for (int32_t j = 0; j < values.count; ++j) {
       float* const value = w_.staged;
       mk_.load_row(values.row[j], values.dtype, p_.head_dim, value);
+      const float scale = values.dtype == DType::Int8 ? values.scale[j] : 1.0f;
       for (int32_t r = 0; r < m; ++r) {
         if (j >= seen[r]) continue;
-        const float weight = w_.logits[r * kBlockKeys + j];
+        const float weight = w_.logits[r * kBlockKeys + j] * scale;
         float* const o = state_.row(first + r);
         for (int32_t c = 0; c < p_.head_dim; ++c) o[c] += weight * value[c];
       }
@@ -139,7 +145,9 @@ class TileWalk {
   const MicroKernels& mk_;
   const PackedProducts& products_;
   const Task& task_;
-  const CacheRows cache_;
+  const Cache keys_;
+  const Cache values_;
+  const CacheRows places_;
   const QueryRows& rows_;
   const TileBuffers w_;
   const RunningRows state_;

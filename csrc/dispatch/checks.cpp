@@ -68,18 +68,40 @@ Status check_scale(const char* name, float scale) {
   return {};
 }
 
+// Scales that are read.
 Status check_cache_scale(const char* name, const CacheScale& scale, DType cache_dtype) {
+  if (cache_dtype == DType::Int8) {  // its scales are whatever an append wrote
+    DCA_REFUSE_IF(scale.value != 1.0f, name, " of an Int8 cache must be one for each slot and head, in data; got ",
+                  scale.value, " for all");
+    return {};
+  }
   DCA_REFUSE_IF(cache_dtype != DType::Float8E4M3 && (scale.data != nullptr || scale.value != 1.0f), name,
-                " must be left out for a cache that is not Float8E4M3; got one");
-  DCA_REFUSE_IF(scale.stride_head != 0 && scale.stride_head != 1, name,
-                " must have a stride_head of 0 (one scale for all heads) or 1; got ", scale.stride_head);
+                " must be left out for a cache that is neither Float8E4M3 nor Int8; got one");
+  const Strides& stride = scale.stride;
+  DCA_REFUSE_IF(stride.head != 0 && stride.head != 1, name,
+                " of a Float8E4M3 cache must have a stride.head of 0 (one scale for all heads) or 1; got ",
+                stride.head);
+  DCA_REFUSE_IF(stride.batch != 0 || stride.row != 0, name,
+                " of a Float8E4M3 cache must have a stride.batch and a stride.row of 0; got ", stride.batch, " and ",
+                stride.row);
   return check_scale(name, scale.value);
+}
+
+// Scales that an append writes: of an Int8 cache, which has none to read.
+Status check_written_scale(const std::string& name, const CacheScale& scale, const CacheScaleRef& written,
+                           DType cache_dtype) {
+  const bool is_written = cache_dtype == DType::Int8;
+  DCA_REFUSE_IF(is_written && scale.data != nullptr, name, " must be left out for an append to an Int8 cache, which ",
+                "writes its scales to ", name, "_out; got one");
+  DCA_REFUSE_IF(!is_written && written.data != nullptr, name,
+                "_out must be left out for a cache that is not Int8; got one");
+  return {};
 }
 
 // The scales of a Float8E4M3 cache on the CPU, or copied from the device.
 Status check_scale_values(const char* name, const CacheScale& scale, int32_t num_heads_kv) {
   if (scale.data == nullptr) return {};
-  for (int32_t head = 0; head < (scale.stride_head == 0 ? 1 : num_heads_kv); ++head) {
+  for (int32_t head = 0; head < (scale.stride.head == 0 ? 1 : num_heads_kv); ++head) {
     DCA_RETURN_IF_REFUSED(check_scale(name, scale.of(head)));
   }
   return {};
@@ -88,14 +110,17 @@ Status check_scale_values(const char* name, const CacheScale& scale, int32_t num
 template <class Params>
 Status check_cache_format(const Params& p) {
   const DType dtype = dtype_of_cache(p);
-  DCA_REFUSE_IF(dtype != p.dtype && dtype != DType::Float8E4M3, "cache_dtype must be Same or Float8E4M3; got ",
-                static_cast<int32_t>(p.cache_dtype));
+  DCA_REFUSE_IF(dtype != p.dtype && dtype != DType::Float8E4M3 && dtype != DType::Int8,
+                "cache_dtype must be Same, Float8E4M3 or Int8; got ", static_cast<int32_t>(p.cache_dtype));
+  DCA_REFUSE_IF(dtype == DType::Int8 && p.exec.device == Device::Cuda,
+                "an int8 cache is for the CPU only: on CUDA cache_dtype must be Same or Float8E4M3; got Int8");
   DCA_RETURN_IF_REFUSED(check_cache_scale("k_scale", p.k_scale, dtype));
   return check_cache_scale("v_scale", p.v_scale, dtype);
 }
 
 template <class Params>
 Status check_scale_values(const Params& p) {
+  if (dtype_of_cache(p) == DType::Int8) return {};  // those of unused slots may be anything, NaN of a used one is seen
   DCA_RETURN_IF_REFUSED(check_scale_values("k_scale", p.k_scale, p.num_heads_kv));
   return check_scale_values("v_scale", p.v_scale, p.num_heads_kv);
 }
@@ -306,6 +331,8 @@ Status check(const AppendParams& p) {
                 "seqlen_k and cache_slots must not be negative; got seqlen_k=", p.seqlen_k,
                 ", cache_slots=", p.cache_slots);
   DCA_RETURN_IF_REFUSED(check_cache_format(p));
+  DCA_RETURN_IF_REFUSED(check_written_scale("k_scale", p.k_scale, p.k_scale_out, dtype_of_cache(p)));
+  DCA_RETURN_IF_REFUSED(check_written_scale("v_scale", p.v_scale, p.v_scale_out, dtype_of_cache(p)));
   DCA_RETURN_IF_REFUSED(check_pages(p.pages, p.exec.device, p.cache_slots));
   if (p.exec.device == Device::Cpu) return check_values(p);
   DCA_RETURN_IF_REFUSED(check_head_dim_vectors(p.head_dim, p.dtype));
@@ -334,6 +361,10 @@ Status check_pointers(const AttentionParams& p) {
   if (keys > 0) {
     DCA_RETURN_IF_REFUSED(check_not_null("k", p.k.data));
     DCA_RETURN_IF_REFUSED(check_not_null("v", p.v.data));
+    if (dtype_of_cache(p) == DType::Int8) {
+      DCA_RETURN_IF_REFUSED(check_not_null("k_scale.data of an Int8 cache", p.k_scale.data));
+      DCA_RETURN_IF_REFUSED(check_not_null("v_scale.data of an Int8 cache", p.v_scale.data));
+    }
   }
   if (p.exec.device == Device::Cpu) return {};
   DCA_RETURN_IF_REFUSED(check_vectors("q", p.q.data, p.q.stride, p.dtype));
@@ -357,6 +388,10 @@ Status check_pointers(const AppendParams& p) {
   DCA_RETURN_IF_REFUSED(check_not_null("v", p.v.data));
   DCA_RETURN_IF_REFUSED(check_not_null("k_cache", p.k_cache.data));
   DCA_RETURN_IF_REFUSED(check_not_null("v_cache", p.v_cache.data));
+  if (dtype_of_cache(p) == DType::Int8) {
+    DCA_RETURN_IF_REFUSED(check_not_null("k_scale_out.data of an Int8 cache", p.k_scale_out.data));
+    DCA_RETURN_IF_REFUSED(check_not_null("v_scale_out.data of an Int8 cache", p.v_scale_out.data));
+  }
   if (p.exec.device == Device::Cpu) return {};
   DCA_RETURN_IF_REFUSED(check_vectors("k", p.k.data, p.k.stride, p.dtype));
   DCA_RETURN_IF_REFUSED(check_vectors("v", p.v.data, p.v.stride, p.dtype));

@@ -39,7 +39,7 @@ class HostLengths {
   void fetch_cache(const CacheParams& device) {
     fetch_pages(device.pages, device.batch);
     for (CacheScale* scale : {&host_.k_scale, &host_.v_scale}) {
-      fetch(scale->data, scale->stride_head == 0 ? 1 : static_cast<size_t>(device.num_heads_kv));
+      fetch(scale->data, scale->stride.head == 0 ? 1 : static_cast<size_t>(device.num_heads_kv));
     }
   }
 

@@ -48,6 +48,8 @@ Format format_of(DType dtype) {
 }
 
 constexpr int kE4M3NaN = 0x7f;
+constexpr double kSmallestInt8 = -128.0;
+constexpr double kLargestInt8 = 127.0;
 
 int64_t bits_of(const void* data, DType dtype, int64_t index) {
   if (dtype == DType::Float8E4M3) return static_cast<const uint8_t*>(data)[index];
@@ -115,9 +117,12 @@ std::vector<std::vector<Real>> read_cache(const AttentionParams& p, const ConstT
   std::vector<std::vector<Real>> rows;
   for (int64_t j = 0; j < sequence.kv_len; ++j) {
     const int64_t slot = sequence.leftpad + j;
-    const int64_t offset = sequence.ragged_k ? offset_of(cache.stride, 0, sequence.k_begin + slot, head)
-                                             : cache_offset(cache.stride, p.pages, b, slot, head);
-    rows.push_back(read_row<Real>(cache.data, dtype_of_cache(p), offset, p.head_dim, scale.of(head)));
+    const auto offset = [&](const Strides& stride) {
+      return sequence.ragged_k ? offset_of(stride, 0, sequence.k_begin + slot, head)
+                               : cache_offset(stride, p.pages, b, slot, head);
+    };
+    const double factor = scale.data != nullptr ? scale.data[offset(scale.stride)] : scale.value;
+    rows.push_back(read_row<Real>(cache.data, dtype_of_cache(p), offset(cache.stride), p.head_dim, factor));
   }
   return rows;
 }
@@ -222,6 +227,16 @@ void for_each_new_row(const Params& p, Visit visit) {
   }
 }
 
+// The largest magnitude becomes 127; a row with a NaN or an infinity has none, and says so.
+float int8_scale(const std::vector<double>& row) {
+  double largest = 0.0;
+  for (const double x : row) {
+    if (!std::isfinite(x)) return std::numeric_limits<float>::quiet_NaN();
+    largest = std::max(largest, std::fabs(x));
+  }
+  return static_cast<float>(largest / kLargestInt8);
+}
+
 // Padding in front of position 0 has no rotation.
 template <class Params>
 std::vector<double> rotated_key(const Params& p, const NewRow& at) {
@@ -259,6 +274,7 @@ int64_t query_position(int64_t i, Segment segment, ChunkGeometry chunk) {
 
 double read(const void* data, DType dtype, int64_t index) {
   if (dtype == DType::Float32) return static_cast<const float*>(data)[index];
+  if (dtype == DType::Int8) return static_cast<const int8_t*>(data)[index];
   const Format format = format_of(dtype);
   const int64_t bits = bits_of(data, dtype, index);
   const int64_t sign = int64_t{1} << (static_cast<int>(element_size(dtype)) * 8 - 1);
@@ -279,6 +295,9 @@ double read(const void* data, DType dtype, int64_t index) {
 
 double round_to(double x, DType dtype) {
   if (dtype == DType::Float32) return static_cast<float>(x);
+  if (dtype == DType::Int8) {
+    return std::isnan(x) ? kSmallestInt8 : std::nearbyint(std::clamp(x, kSmallestInt8, kLargestInt8));
+  }
   if (x == 0.0 || std::isnan(x)) return x;
   const Format format = format_of(dtype);
   const bool saturates = dtype == DType::Float8E4M3;  // it has no infinity
@@ -293,6 +312,10 @@ double round_to(double x, DType dtype) {
 void write(void* data, DType dtype, int64_t index, double value) {
   if (dtype == DType::Float32) {
     static_cast<float*>(data)[index] = static_cast<float>(value);
+    return;
+  }
+  if (dtype == DType::Int8) {
+    static_cast<int8_t*>(data)[index] = static_cast<int8_t>(round_to(value, dtype));
     return;
   }
   const Format format = format_of(dtype);
@@ -339,18 +362,31 @@ std::vector<double> rotate_keys(const RotateKeysParams& p) {
 
 std::vector<AppendedRow> rotate_and_append_kv(const AppendParams& p) {
   std::vector<AppendedRow> rows;
-  const auto stored = [&](std::vector<double> row, double scale) {
-    if (dtype_of_cache(p) != DType::Float8E4M3) return row;
-    const double largest = format_of(DType::Float8E4M3).largest;
-    for (double& x : row) x = std::isnan(x) ? x : std::clamp(x / scale, -largest, largest);
+  const DType dtype = dtype_of_cache(p);
+  // What the row is divided by: the scale that the cache has, or of an Int8 cache the one that the row gives it.
+  const auto scale_of = [&](const std::vector<double>& row, const CacheScale& scale, int32_t head) {
+    return dtype == DType::Int8 ? int8_scale(row) : dtype == DType::Float8E4M3 ? scale.of(head) : 1.0f;
+  };
+  const auto divided = [&](std::vector<double> row, float scale) {
+    if (dtype != DType::Float8E4M3 && dtype != DType::Int8) return row;
+    const double largest = dtype == DType::Int8 ? kLargestInt8 : format_of(dtype).largest;
+    const bool nothing = dtype == DType::Int8 && !(scale > 0.0f);
+    for (double& x : row) x = nothing ? 0.0 : std::isnan(x) ? x : std::clamp(x / scale, -largest, largest);
     return row;
   };
   for_each_new_row(p, [&](const NewRow& at) {
-    const int64_t value = offset_of(p.v.stride, at.batch, at.row, at.head);
-    rows.push_back({at.head, cache_offset(p.k_cache.stride, p.pages, at.b, at.slot, at.head),
-                    cache_offset(p.v_cache.stride, p.pages, at.b, at.slot, at.head),
-                    stored(rotated_key(p, at), p.k_scale.of(at.head)),
-                    stored(read_row<double>(p.v.data, p.dtype, value, p.head_dim), p.v_scale.of(at.head))});
+    const auto offset = [&](const Strides& stride) { return cache_offset(stride, p.pages, at.b, at.slot, at.head); };
+    const auto key = rotated_key(p, at);
+    const auto value =
+        read_row<double>(p.v.data, p.dtype, offset_of(p.v.stride, at.batch, at.row, at.head), p.head_dim);
+    AppendedRow row{at.head, offset(p.k_cache.stride), offset(p.v_cache.stride), {}, {}};
+    row.k_scale_offset = offset(p.k_scale_out.stride);
+    row.v_scale_offset = offset(p.v_scale_out.stride);
+    row.k_scale = scale_of(key, p.k_scale, at.head);
+    row.v_scale = scale_of(value, p.v_scale, at.head);
+    row.key = divided(key, row.k_scale);
+    row.value = divided(value, row.v_scale);
+    rows.push_back(row);
   });
   return rows;
 }

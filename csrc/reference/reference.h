@@ -23,7 +23,8 @@ int64_t query_position(int64_t i, Segment segment, ChunkGeometry chunk);
 double read(const void* data, DType dtype, int64_t index);
 void write(void* data, DType dtype, int64_t index, double value);
 
-/// x as the nearest number of dtype, ties to even; Float8E4M3, which has no infinity, ends at +-448.
+/// x as the nearest number of dtype, ties to even; Float8E4M3, which has no infinity, ends at +-448. Int8 has neither
+/// infinity nor NaN: it ends at -128 and 127, and NaN is -128, which no append writes.
 double round_to(double x, DType dtype);
 
 // --- The operators ---
@@ -49,6 +50,10 @@ struct AppendedRow {
   int64_t v_offset;
   std::vector<double> key;
   std::vector<double> value;
+  float k_scale = 1.0f;  ///< what the row was divided by; of an Int8 cache it is written as well
+  float v_scale = 1.0f;
+  int64_t k_scale_offset = 0;  ///< of an Int8 cache
+  int64_t v_scale_offset = 0;
 };
 
 std::vector<AppendedRow> rotate_and_append_kv(const AppendParams& params);

@@ -73,8 +73,8 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor rotary
   p.q = const_ref(q);
   p.k = const_ref(k);
   p.v = const_ref(v);
-  p.k_scale = cache_scale("k_scale", k_scale, k_scale_value, q, p.num_heads_kv);
-  p.v_scale = cache_scale("v_scale", v_scale, v_scale_value, q, p.num_heads_kv);
+  p.k_scale = cache_scale("k_scale", k_scale, k_scale_value, k, p.cache_dtype, p.num_heads_kv);
+  p.v_scale = cache_scale("v_scale", v_scale, v_scale_value, v, p.cache_dtype, p.num_heads_kv);
   p.cu_seqlens_q = int32_vector("cu_seqlens_q", cu_seqlens_q, q, batch + 1);
   p.cu_seqlens_k = int32_vector("cu_seqlens_k", cu_seqlens_k, q, batch + 1);
   p.cache_seqlens = int32_vector("cache_seqlens", cache_seqlens, q, batch);
@@ -155,7 +155,8 @@ void rotate_and_append_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Te
                           int64_t chunk_len, int64_t max_position, OptionalTensor cu_seqlens, int64_t max_seqlen,
                           OptionalTensor cache_seqlens, int64_t cache_seqlen, OptionalTensor cache_leftpad,
                           OptionalTensor pages, OptionalTensor k_scale, double k_scale_value, OptionalTensor v_scale,
-                          double v_scale_value, bool interleaved) {
+                          double v_scale_value, OptionalTensor k_scale_out, OptionalTensor v_scale_out,
+                          bool interleaved) {
   const DeviceScope scope(k);
   AppendParams p;
   fill_new_rows(p, scope, k, rotary_cos, rotary_sin, chunk_len, max_position, cu_seqlens, max_seqlen, cache_seqlens,
@@ -175,8 +176,12 @@ void rotate_and_append_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Te
   p.v = const_ref(v);
   p.k_cache = ref(k_cache);
   p.v_cache = ref(v_cache);
-  p.k_scale = cache_scale("k_scale", k_scale, k_scale_value, k, p.num_heads_kv);
-  p.v_scale = cache_scale("v_scale", v_scale, v_scale_value, k, p.num_heads_kv);
+  if (p.cache_dtype != DType::Int8) {
+    p.k_scale = cache_scale("k_scale", k_scale, k_scale_value, k_cache, p.cache_dtype, p.num_heads_kv);
+    p.v_scale = cache_scale("v_scale", v_scale, v_scale_value, v_cache, p.cache_dtype, p.num_heads_kv);
+  }
+  p.k_scale_out = cache_scale_ref("k_scale", k_scale_out, k_cache, p.cache_dtype);
+  p.v_scale_out = cache_scale_ref("v_scale", v_scale_out, v_cache, p.cache_dtype);
   p.pages = page_table(pages, k_cache, k, p.batch);
   p.cache_slots =
       to_int32("the slots of a sequence",
@@ -255,7 +260,8 @@ STABLE_TORCH_LIBRARY(dca_ext, m) {
       "rotate_and_append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rotary_cos, "
       "Tensor rotary_sin, SymInt chunk_len, SymInt max_position, Tensor? cu_seqlens, SymInt max_seqlen, "
       "Tensor? cache_seqlens, SymInt cache_seqlen, Tensor? cache_leftpad, Tensor? page_table, Tensor? k_scale, "
-      "float k_scale_value, Tensor? v_scale, float v_scale_value, bool interleaved) -> ()");
+      "float k_scale_value, Tensor? v_scale, float v_scale_value, Tensor(c!)? k_scale_out, Tensor(d!)? v_scale_out, "
+      "bool interleaved) -> ()");
   m.def("merge_attention_states(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)");
 }
 

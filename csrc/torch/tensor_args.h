@@ -92,14 +92,19 @@ inline void check_like(const char* name, const Tensor& t, const Tensor& q, int64
   check_rows(name, t, dims);
 }
 
-/// The same for a cache, which may hold float8_e4m3fn instead. Returns what it holds.
+/// The same for a cache, which may hold float8_e4m3fn or int8 instead. Returns what it holds.
 inline DType check_cache(const char* name, const Tensor& t, const Tensor& q, int64_t dims) {
   check_same_device(name, t, q);
-  const bool same = t.scalar_type() == q.scalar_type();
-  if (!same && t.scalar_type() != ScalarType::Float8_e4m3fn)
-    refuse(std::string(name) + " must have the dtype of the queries or keys, or float8_e4m3fn; got another");
+  DType dtype = DType::Same;
+  if (t.scalar_type() == ScalarType::Float8_e4m3fn) {
+    dtype = DType::Float8E4M3;
+  } else if (t.scalar_type() == ScalarType::Char) {
+    dtype = DType::Int8;
+  } else if (t.scalar_type() != q.scalar_type()) {
+    refuse(std::string(name) + " must have the dtype of the queries or keys, or float8_e4m3fn or int8; got another");
+  }
   check_rows(name, t, dims);
-  return same ? DType::Same : DType::Float8E4M3;
+  return dtype;
 }
 
 inline void check_same_cache_dtype(const char* name, const Tensor& t, const Tensor& k) {
@@ -136,14 +141,40 @@ inline const float* float_vector(const char* name, const OptionalTensor& t, cons
   return static_cast<const float*>(t->const_data_ptr());
 }
 
-/// Scales of a cache: float32 (num_heads_kv), or one for all heads, (1) or (); `value` if absent.
-inline CacheScale cache_scale(const char* name, const OptionalTensor& t, double value, const Tensor& q,
-                              int64_t num_heads_kv) {
+inline void check_scale_tensor(const char* name, const Tensor& t, const Tensor& q) {
+  check_same_device(name, t, q);
+  if (t.scalar_type() != ScalarType::Float) refuse(std::string(name) + " must be float32; got another dtype");
+}
+
+/// Strides of the scales of an int8 cache: float32, shaped like the cache without head_dim.
+inline Strides row_scale_strides(const char* name, const OptionalTensor& t, const Tensor& cache) {
+  const std::string what = std::string(name) + " of an int8 cache must be a float32 tensor";
+  if (!t.has_value()) refuse(what + " with a scale for each slot and KV head; got none");
+  check_scale_tensor(name, *t, cache);
+  bool same = t->dim() == cache.dim() - 1;
+  std::string wanted;
+  for (int64_t d = 0; d < cache.dim() - 1; ++d) {
+    same = same && t->size(d) == cache.size(d);
+    wanted += (d > 0 ? ", " : " (") + std::to_string(cache.size(d));
+  }
+  if (!same) refuse(what + wanted + "), a scale for each slot and KV head; got " + shape_of(*t));
+  if (t->dim() == 2) return {0, t->stride(0), t->stride(1)};
+  return {t->stride(0), t->stride(1), t->stride(2)};
+}
+
+/// Scales that are read: of a cache of float8_e4m3fn float32 (num_heads_kv), or one for all heads, (1) or (), and
+/// `value` if absent; of one of int8 shaped like the cache without head_dim.
+inline CacheScale cache_scale(const char* name, const OptionalTensor& t, double value, const Tensor& cache,
+                              DType cache_dtype, int64_t num_heads_kv) {
   CacheScale scale;
   scale.value = static_cast<float>(value);
+  if (cache_dtype == DType::Int8) {
+    scale.stride = row_scale_strides(name, t, cache);
+    scale.data = static_cast<const float*>(t->const_data_ptr());
+    return scale;
+  }
   if (!t.has_value()) return scale;
-  check_same_device(name, *t, q);
-  if (t->scalar_type() != ScalarType::Float) refuse(std::string(name) + " must be float32; got another dtype");
+  check_scale_tensor(name, *t, cache);
   const bool one = t->dim() == 0 || (t->dim() == 1 && t->size(0) == 1);
   if (!one && (t->dim() != 1 || t->size(0) != num_heads_kv)) {
     refuse(std::string(name) + " must have shape (), (1) or (num_heads_kv) = (" + std::to_string(num_heads_kv) +
@@ -151,8 +182,19 @@ inline CacheScale cache_scale(const char* name, const OptionalTensor& t, double 
   }
   if (!one && !t->is_contiguous()) refuse(std::string(name) + " must be contiguous");
   scale.data = static_cast<const float*>(t->const_data_ptr());
-  scale.stride_head = one ? 0 : 1;
+  scale.stride.head = one ? 0 : 1;
   return scale;
+}
+
+/// Scales that an append to an int8 cache writes; nothing for other caches.
+inline CacheScaleRef cache_scale_ref(const char* name, const OptionalTensor& t, const Tensor& cache,
+                                     DType cache_dtype) {
+  if (cache_dtype != DType::Int8) {
+    if (t.has_value()) refuse(std::string(name) + " must be None unless the caches are int8; got a tensor");
+    return {};
+  }
+  const Strides stride = row_scale_strides(name, t, cache);
+  return {static_cast<float*>(t->mutable_data_ptr()), stride};
 }
 
 inline RotaryTables rotary_tables(const Tensor& cos, const Tensor& sin, const Tensor& q, bool interleaved) {

@@ -38,6 +38,7 @@ struct AppendProblem {
   Tables tables;
   Tensor k, v, k_cache, v_cache;
   std::vector<float> k_scales, v_scales;
+  Tensor k_row_scales, v_row_scales;  // of an Int8 cache
   AppendParams p;
 
   explicit AppendProblem(const AppendShape& s) : shape(s) {
@@ -86,6 +87,10 @@ struct AppendProblem {
     p.cache_slots = shape.page_size > 0 ? p.pages.max_pages * shape.page_size : kSlots;
     p.k_cache = k_cache.mutable_ref();
     p.v_cache = v_cache.mutable_ref();
+    if (shape.cache_dtype != DType::Int8) return;
+    k_row_scales = v_row_scales = Tensor(DType::Float32, blocks, rows, shape.num_heads_kv, 1);
+    p.k_scale_out = k_row_scales.mutable_scales();
+    p.v_scale_out = v_row_scales.mutable_scales();
   }
 
   HostBuffers buffers() const {
@@ -108,14 +113,20 @@ struct AppendProblem {
         v_cache.set(row.v_offset + c, NAN);
       }
       const DType dtype = dtype_of_cache(p);
-      ASSERT_TRUE(accepted(error_rule::rotation(key, row.key, kLargestInput / p.k_scale.of(row.head), dtype)));
+      ASSERT_TRUE(accepted(error_rule::rotation(key, row.key, kLargestInput / row.k_scale, dtype)));
       if (dtype == p.dtype) {
         ASSERT_EQ(value, row.value) << "values are copied as they are";
       } else {
-        ASSERT_TRUE(accepted(error_rule::rotation(value, row.value, kLargestInput / p.v_scale.of(row.head), dtype)));
+        ASSERT_TRUE(accepted(error_rule::rotation(value, row.value, kLargestInput / row.v_scale, dtype)));
+      }
+      if (dtype == DType::Int8) {
+        ASSERT_NEAR(k_row_scales.at(row.k_scale_offset), row.k_scale, 4e-7 * row.k_scale) << "a few roundings in fp32";
+        ASSERT_EQ(v_row_scales.at(row.v_scale_offset), row.v_scale) << "values are not rotated";
+        k_row_scales.set(row.k_scale_offset, NAN);
+        v_row_scales.set(row.v_scale_offset, NAN);
       }
     }
-    for (const Tensor* cache : {&k_cache, &v_cache}) {
+    for (const Tensor* cache : {&k_cache, &v_cache, &k_row_scales, &v_row_scales}) {
       ASSERT_TRUE(cache->gaps_are_nan());
       for (const double x : cache->values()) ASSERT_TRUE(std::isnan(x)) << "written where no new row belongs";
     }

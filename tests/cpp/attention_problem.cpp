@@ -11,6 +11,7 @@ namespace {
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr int32_t kHugePage = 1 << 30;  // reading it is a crash
+constexpr double kInt8ForNaN = -128.0;  // what reference::write makes of NaN
 
 }  // namespace
 
@@ -26,6 +27,11 @@ Tensor::Tensor(DType dtype, int64_t batch, int64_t rows, int32_t heads, int32_t 
   fill_with_nan();
 }
 
+double Tensor::at(int64_t offset) const {
+  const double x = reference::read(bytes_.data(), dtype_, offset);
+  return dtype_ == DType::Int8 && x == kInt8ForNaN ? kNaN : x;
+}
+
 void Tensor::fill_with_nan() {
   for (size_t i = 0; i < bytes_.size() / element_size(dtype_); ++i) set(static_cast<int64_t>(i), kNaN);
 }
@@ -35,7 +41,8 @@ void Tensor::randomize_row(std::mt19937& random, int64_t batch, int64_t row) { r
 void Tensor::randomize_row(std::mt19937& random, int64_t batch, int64_t row, const CacheScale& scale) {
   std::normal_distribution<double> normal;
   for (int32_t head = 0; head < heads_; ++head) {
-    for (int32_t c = 0; c < dim_; ++c) set(offset(batch, row, head) + c, normal(random) / scale.of(head));
+    const double factor = scale.of(batch, row, head);
+    for (int32_t c = 0; c < dim_; ++c) set(offset(batch, row, head) + c, normal(random) / factor);
   }
 }
 
@@ -80,7 +87,7 @@ Tables::Tables(int64_t num_positions, int32_t half_dim, double base, double scal
 
 CacheScale make_scale(Scales kind, int32_t num_heads_kv, int32_t which, std::vector<float>& memory) {
   CacheScale scale;
-  if (kind == Scales::None) return scale;
+  if (kind == Scales::None || kind == Scales::PerRow) return scale;
   // 448 of the smallest is what a normal number seldom reaches; some of the elements are subnormal.
   for (int32_t head = 0; head < num_heads_kv; ++head) {
     memory.push_back((which == 0 ? 0.011f : 0.17f) * static_cast<float>(1 + 5 * head));
@@ -92,7 +99,7 @@ CacheScale make_scale(Scales kind, int32_t num_heads_kv, int32_t which, std::vec
   }
   if (kind == Scales::PerTensor) memory.resize(1);
   scale.data = memory.data();
-  scale.stride_head = kind == Scales::PerHead ? 1 : 0;
+  scale.stride.head = kind == Scales::PerHead ? 1 : 0;
   return scale;
 }
 
@@ -153,9 +160,9 @@ void AttentionProblem::build_keys(std::mt19937& random) {
   if (shape_.keys == KeyLayout::Paged) {
     build_pages(random);
   } else {
-    const int64_t rows = ragged ? cu_seqlens_k_.back() : slots_;
-    k_ = v_ = Tensor(dtype_of_cache(shape_), ragged ? 1 : batch, rows, shape_.num_heads_kv, shape_.head_dim);
+    build_cache(ragged ? 1 : static_cast<int64_t>(batch), ragged ? cu_seqlens_k_.back() : slots_);
   }
+  std::uniform_real_distribution<double> largest(0.5, 4.0);
   for (size_t b = 0; b < batch; ++b) {
     for (int64_t slot = leftpad(b); slot < cache_seqlens_[b]; ++slot) {
       int64_t block = ragged ? 0 : static_cast<int64_t>(b);
@@ -163,6 +170,10 @@ void AttentionProblem::build_keys(std::mt19937& random) {
       if (shape_.keys == KeyLayout::Paged) {
         block = page_table_[b * max_pages_ + slot / shape_.page_size];
         row = slot % shape_.page_size;
+      }
+      for (int32_t head = 0; shape_.scales == Scales::PerRow && head < shape_.num_heads_kv; ++head) {
+        k_row_scales_.set(k_row_scales_.offset(block, row, head), largest(random) / 127.0);
+        v_row_scales_.set(v_row_scales_.offset(block, row, head), largest(random) / 127.0);
       }
       k_.randomize_row(random, block, row, k_scale_);
       v_.randomize_row(random, block, row, v_scale_);
@@ -185,7 +196,15 @@ void AttentionProblem::build_pages(std::mt19937& random) {
       page_table_.push_back(used ? order[b * static_cast<size_t>(max_pages_) + page] : kHugePage);
     }
   }
-  k_ = v_ = Tensor(dtype_of_cache(shape_), num_pages_, shape_.page_size, shape_.num_heads_kv, shape_.head_dim);
+  build_cache(num_pages_, shape_.page_size);
+}
+
+void AttentionProblem::build_cache(int64_t blocks, int64_t rows) {
+  k_ = v_ = Tensor(dtype_of_cache(shape_), blocks, rows, shape_.num_heads_kv, shape_.head_dim);
+  if (shape_.scales != Scales::PerRow) return;
+  k_row_scales_ = v_row_scales_ = Tensor(DType::Float32, blocks, rows, shape_.num_heads_kv, 1);
+  k_scale_ = k_row_scales_.scales();
+  v_scale_ = v_row_scales_.scales();
 }
 
 void AttentionProblem::forget_results() {
@@ -242,7 +261,7 @@ HostBuffers AttentionProblem::buffers() const {
   return {buffer_of(q_.bytes()),    buffer_of(k_.bytes()),     buffer_of(v_.bytes()),  buffer_of(out_.bytes()),
           buffer_of(lse_),          buffer_of(tables_.cos),    buffer_of(tables_.sin), buffer_of(cu_seqlens_q_),
           buffer_of(cu_seqlens_k_), buffer_of(cache_seqlens_), buffer_of(page_table_), buffer_of(shape_.leftpads),
-          buffer_of(k_scales_),     buffer_of(v_scales_)};
+          buffer_of(k_scales_),     buffer_of(v_scales_)};  // Int8 is for the CPU, which takes memory as it is
 }
 
 ::testing::AssertionResult AttentionProblem::matches_reference(AttentionParams params,

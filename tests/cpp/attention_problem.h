@@ -21,7 +21,7 @@ inline ::testing::AssertionResult accepted(const error_rule::Verdict& verdict) {
 }
 
 /// (batch, rows, heads, dim) in any dtype. Neither heads nor rows nor sequences touch: NaN lies between them, and
-/// everywhere at first.
+/// everywhere at first. Int8 has no NaN; -128, which no append writes, is taken for it.
 class Tensor {
  public:
   Tensor() = default;
@@ -38,7 +38,7 @@ class Tensor {
   int64_t offset(int64_t batch, int64_t row, int32_t head) const {
     return batch * stride_.batch + row * stride_.row + head * stride_.head;
   }
-  double at(int64_t offset) const { return reference::read(bytes_.data(), dtype_, offset); }
+  double at(int64_t offset) const;
   void set(int64_t offset, double value) { reference::write(bytes_.data(), dtype_, offset, value); }
 
   /// Everything, contiguous.
@@ -46,6 +46,10 @@ class Tensor {
   /// True if all that lies between heads, rows and sequences is still NaN.
   bool gaps_are_nan() const;
   const std::vector<uint8_t>& bytes() const { return bytes_; }
+
+  /// Of Float32 and dim 1: the scales of an Int8 cache.
+  CacheScale scales() const { return {1.0f, reinterpret_cast<const float*>(bytes_.data()), stride_}; }
+  CacheScaleRef mutable_scales() { return {reinterpret_cast<float*>(bytes_.data()), stride_}; }
 
  private:
   DType dtype_ = DType::Float32;
@@ -68,10 +72,10 @@ struct Tables {
 
 enum class KeyLayout { Slots, Ragged, Paged };
 
-/// Scales of a Float8E4M3 cache.
-enum class Scales { None, Number, PerTensor, PerHead };
+/// Scales of a Float8E4M3 cache, and those of an Int8 one.
+enum class Scales { None, Number, PerTensor, PerHead, PerRow };
 
-/// Scales for K (which 0) or V (which 1) of num_heads_kv heads, in `memory`; no two are equal.
+/// Scales for K (which 0) or V (which 1) of num_heads_kv heads, in `memory`; no two are equal. None for PerRow.
 CacheScale make_scale(Scales kind, int32_t num_heads_kv, int32_t which, std::vector<float>& memory);
 
 struct ProblemShape {
@@ -126,6 +130,7 @@ class AttentionProblem {
   void build_queries(std::mt19937& random);
   void build_keys(std::mt19937& random);
   void build_pages(std::mt19937& random);
+  void build_cache(int64_t blocks, int64_t rows);
   void forget_results();
   int32_t leftpad(size_t b) const { return shape_.leftpads.empty() ? 0 : shape_.leftpads[b]; }
 
@@ -138,6 +143,8 @@ class AttentionProblem {
   std::vector<float> lse_;
   std::vector<float> k_scales_;
   std::vector<float> v_scales_;
+  Tensor k_row_scales_;  // of an Int8 cache, laid out like it with a head_dim of 1
+  Tensor v_row_scales_;
   CacheScale k_scale_;
   CacheScale v_scale_;
   std::vector<int32_t> cu_seqlens_q_ = {0};

@@ -170,19 +170,24 @@ void expect_scales_refused(Params p, Call call) {
     const std::vector<float> scales = {1.0f, bad};
     changed = p;
     changed.v_scale.data = scales.data();
-    changed.v_scale.stride_head = 1;
+    changed.v_scale.stride.head = 1;
     expect_refused(call(changed), "v_scale must be finite and above 0; got ");
   }
   Params changed = p;
-  changed.k_scale.stride_head = 2;
-  expect_refused(call(changed), "k_scale must have a stride_head of 0 (one scale for all heads) or 1; got 2");
+  changed.k_scale.stride.head = 2;
+  expect_refused(call(changed),
+                 "k_scale of a Float8E4M3 cache must have a stride.head of 0 (one scale for all heads) or 1; got 2");
+  changed = p;
+  changed.v_scale.stride.row = 2;
+  expect_refused(call(changed),
+                 "v_scale of a Float8E4M3 cache must have a stride.batch and a stride.row of 0; got 0 and 2");
   changed = p;
   changed.cache_dtype = DType::BFloat16;
-  expect_refused(call(changed), "cache_dtype must be Same or Float8E4M3; got 1");
+  expect_refused(call(changed), "cache_dtype must be Same, Float8E4M3 or Int8; got 1");
   changed = p;
   changed.cache_dtype = DType::Same;
   changed.v_scale.value = 2.0f;
-  expect_refused(call(changed), "v_scale must be left out for a cache that is not Float8E4M3");
+  expect_refused(call(changed), "v_scale must be left out for a cache that is neither Float8E4M3 nor Int8");
 }
 
 TEST(E4M3, BadScalesAndFormatsAreRefused) {

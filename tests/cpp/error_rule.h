@@ -33,11 +33,13 @@ Verdict verdict(bool ok, const Parts&... parts) {
 
 inline double epsilon(DType dtype) {
   if (dtype == DType::Float8E4M3) return 0x1p-3;
+  if (dtype == DType::Int8) return 1.0;
   return std::ldexp(1.0, dtype == DType::Float32 ? -23 : dtype == DType::BFloat16 ? -7 : -10);
 }
 
 /// Distance between neighbouring numbers of dtype at x.
 inline double ulp(double x, DType dtype) {
+  if (dtype == DType::Int8) return epsilon(dtype);
   const int smallest_exponent = dtype == DType::Float8E4M3 ? -6 : dtype == DType::Float16 ? -14 : -126;
   const int exponent = x == 0.0 ? smallest_exponent : std::max(std::ilogb(x), smallest_exponent);
   return std::ldexp(epsilon(dtype), exponent);

@@ -21,10 +21,13 @@ enum class DType : int32_t {
   BFloat16 = 1,
   Float16 = 2,
   Float8E4M3 = 3,  ///< of a cache only: 4 exponent bits, 3 mantissa bits, up to 448, NaN but no infinity
+  Int8 = 4,        ///< of a cache on the CPU only: whole numbers, with a scale for each slot and KV head
 };
 enum class Device : int32_t { Cpu = 0, Cuda = 1 };
 
-constexpr size_t element_size(DType dtype) { return dtype == DType::Float32 ? 4 : dtype == DType::Float8E4M3 ? 1 : 2; }
+constexpr size_t element_size(DType dtype) {
+  return dtype == DType::Float32 ? 4 : dtype == DType::Float8E4M3 || dtype == DType::Int8 ? 1 : 2;
+}
 
 /// Where element (b, s, h, d) lies: data + b * batch + s * row + h * head + d. Ragged tensors ignore `batch`; in a
 /// paged cache b is the page and s the slot within it.
@@ -44,13 +47,28 @@ struct TensorRef {
   Strides stride;
 };
 
-/// What the elements of a cache of 8-bit numbers stand for: x in KV head h means x * scale(h).
+/// What the elements of a cache of 8-bit numbers stand for: x in KV head h of slot s means x * scale.
+///
+/// Of a Float8E4M3 cache, data is (num_heads_kv) with strides {0, 0, 1}, one number for all heads with {0, 0, 0}, or
+/// null. Of an Int8 cache, it is laid out like the cache without head_dim: (batch, slots, num_heads_kv),
+/// (total, num_heads_kv) or (num_pages, page_size, num_heads_kv). Scales of slots that no token owns are never read.
 struct CacheScale {
-  float value = 1.0f;           ///< of every head, if data is null
-  const float* data = nullptr;  ///< (num_heads_kv), or one for all heads (device)
-  int64_t stride_head = 0;      ///< 1, or 0: data has one scale for all heads
+  float value = 1.0f;           ///< of every element, if data is null
+  const float* data = nullptr;  ///< (device)
+  Strides stride;
 
-  DCA_HOST_DEVICE constexpr float of(int32_t head) const { return data != nullptr ? data[head * stride_head] : value; }
+  /// Of a head whose rows share one.
+  DCA_HOST_DEVICE constexpr float of(int32_t head) const { return data != nullptr ? data[head * stride.head] : value; }
+  /// Of one row: b is the sequence and s its slot, or the page and the slot within it.
+  DCA_HOST_DEVICE constexpr float of(int64_t b, int64_t s, int32_t head) const {
+    return data != nullptr ? data[b * stride.batch + s * stride.row + head * stride.head] : value;
+  }
+};
+
+/// Where the scales of an Int8 cache are written, laid out as its CacheScale.
+struct CacheScaleRef {
+  float* data = nullptr;  ///< (device)
+  Strides stride;
 };
 
 /// Rotary tables. Row p holds cos and sin of position p, a scale included if the model's frequencies come with one.
@@ -92,7 +110,7 @@ struct Execution {
 struct AttentionParams {
   Execution exec;
   DType dtype = DType::Float32;     ///< of q and out
-  DType cache_dtype = DType::Same;  ///< of k and v: Same or Float8E4M3
+  DType cache_dtype = DType::Same;  ///< of k and v: Same, Float8E4M3 or Int8
   ChunkGeometry chunk;
   SegmentSelection segments = SegmentSelection::All;
 
@@ -108,8 +126,8 @@ struct AttentionParams {
   ConstTensorRef q;      ///< (batch, seqlen_q, num_heads, head_dim) or (total_q, num_heads, head_dim)
   ConstTensorRef k;      ///< (batch, seqlen_k, num_heads_kv, head_dim), ragged, or pages
   ConstTensorRef v;      ///< as k
-  CacheScale k_scale;    ///< of a Float8E4M3 k
-  CacheScale v_scale;    ///< of a Float8E4M3 v
+  CacheScale k_scale;    ///< of a Float8E4M3 or Int8 k
+  CacheScale v_scale;    ///< of a Float8E4M3 or Int8 v
   TensorRef out;         ///< as q
   float* lse = nullptr;  ///< (batch, num_heads, seqlen_q) or (num_heads, total_q), contiguous; may be null (device)
 
@@ -159,10 +177,13 @@ struct RotateKeysParams {
 
 /// Writes k, rotated as in RotateKeysParams, and v into the caches, row r of sequence b into slot cache_seqlens[b] + r.
 /// A Float8E4M3 cache takes x / scale, rounded once to nearest even; what is too large becomes 448, and NaN stays NaN.
+/// An Int8 cache takes the same whole numbers in [-127, 127] with scale = max |x| / 127 over the row of a head, and
+/// that scale. Where it is 0 (zeros only, or too small for fp32) the numbers are 0. Where the row has a NaN or an
+/// infinity, the scale is NaN and the numbers are 0.
 struct AppendParams {
   Execution exec;
   DType dtype = DType::Float32;     ///< of k and v
-  DType cache_dtype = DType::Same;  ///< of both caches: Same or Float8E4M3
+  DType cache_dtype = DType::Same;  ///< of both caches: Same, Float8E4M3 or Int8
   ChunkGeometry chunk;
 
   int32_t batch = 0;
@@ -172,12 +193,14 @@ struct AppendParams {
   int64_t total_k = 0;      ///< ragged: rows of k and v
   int32_t cache_slots = 0;  ///< slots of a sequence in the caches; paged: max_pages * page_size
 
-  ConstTensorRef k;    ///< (batch, seqlen_k, num_heads_kv, head_dim) or (total_k, num_heads_kv, head_dim)
-  ConstTensorRef v;    ///< as k
-  TensorRef k_cache;   ///< (batch, cache_slots, num_heads_kv, head_dim) or pages
-  TensorRef v_cache;   ///< as k_cache
-  CacheScale k_scale;  ///< of a Float8E4M3 k_cache
-  CacheScale v_scale;  ///< of a Float8E4M3 v_cache
+  ConstTensorRef k;           ///< (batch, seqlen_k, num_heads_kv, head_dim) or (total_k, num_heads_kv, head_dim)
+  ConstTensorRef v;           ///< as k
+  TensorRef k_cache;          ///< (batch, cache_slots, num_heads_kv, head_dim) or pages
+  TensorRef v_cache;          ///< as k_cache
+  CacheScale k_scale;         ///< of a Float8E4M3 k_cache: read
+  CacheScale v_scale;         ///< of a Float8E4M3 v_cache: read
+  CacheScaleRef k_scale_out;  ///< of an Int8 k_cache: written
+  CacheScaleRef v_scale_out;  ///< of an Int8 v_cache: written
 
   const int32_t* cu_seqlens_k = nullptr;   ///< (batch + 1): k and v are ragged (device)
   int32_t cache_seqlen = 0;                ///< slots in use before the call, if cache_seqlens is null

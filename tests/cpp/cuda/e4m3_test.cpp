@@ -249,6 +249,18 @@ TEST(CudaE4M3Refusal, Strides) {
   expect_refused(p, problem, "v must be aligned to 16 bytes on CUDA");
 }
 
+TEST(CudaInt8Refusal, TheFormatIsForTheCpu) {
+  const std::string message =
+      "an int8 cache is for the CPU only: on CUDA cache_dtype must be Same or Float8E4M3; got Int8";
+  AttentionProblem problem(small_shape());
+  AttentionParams p = problem.params();
+  p.cache_dtype = DType::Int8;
+  expect_refused(p, problem, message);
+  AppendProblem append(narrow(DType::BFloat16, Scales::None));
+  append.p.cache_dtype = DType::Int8;
+  expect_refused(append.p, append, message);
+}
+
 TEST(CudaCheckedValuesE4M3, Scales) {
   const char* value = std::getenv("DCA_CHECK");
   if (value == nullptr || std::string(value) != "1") GTEST_SKIP() << "needs DCA_CHECK=1 in the environment";
@@ -257,7 +269,7 @@ TEST(CudaCheckedValuesE4M3, Scales) {
   const std::vector<float> wild = {1.0f, -3.0f};
   AttentionParams p = problem.params();
   p.k_scale.data = wild.data();
-  p.k_scale.stride_head = 1;
+  p.k_scale.stride.head = 1;
   HostBuffers buffers = problem.buffers();
   buffers.push_back(buffer_of(wild));
   const Status status = run_operator(p, buffers);
