@@ -157,7 +157,8 @@ void combine_splits(const AttentionParams& p, const MicroKernels& mk, int32_t nu
       for (int32_t head = 0; head < p.num_heads; ++head) {
         const int64_t row = accum_row(p, info, b, r, head);
         const float lse = combine_row(
-            num_splits, p.head_dim, [&](int32_t split) { return workspace.lses[split * split_rows + row]; },
+            mk, num_splits, p.head_dim, DType::Float32,
+            [&](int32_t split) { return workspace.lses[split * split_rows + row]; },
             [&](int32_t split) { return workspace.outs + (split * split_rows + row) * p.head_dim; }, sum);
         mk.store_row(sum, p.dtype, p.head_dim, output.row(info, b, r, head));
         output.store_lse(info, b, r, head, lse);

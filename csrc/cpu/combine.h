@@ -4,12 +4,15 @@
 #include <cmath>
 #include <cstdint>
 
+#include "micro_kernels.h"
+
 namespace dca::cpu {
 
-/// sum (dim) = the merged row; returns its LSE. lse_of(p) is a float, out_of(p) points to dim floats. Parts at -inf
-/// carry no weight, whatever their out holds; where all are, the row is 0 and the LSE -inf.
+/// sum (dim) = the merged row; returns its LSE. lse_of(p) is a float, out_of(p) points to dim elements of dtype. Parts
+/// at -inf carry no weight, whatever their out holds; where all are, the row is 0 and the LSE -inf.
 template <class LseOf, class OutOf>
-float combine_row(int32_t num_parts, int32_t dim, LseOf&& lse_of, OutOf&& out_of, float* sum) {
+float combine_row(const MicroKernels& mk, int32_t num_parts, int32_t dim, DType dtype, LseOf&& lse_of, OutOf&& out_of,
+                  float* sum) {
   for (int32_t c = 0; c < dim; ++c) sum[c] = 0.0f;
   float largest = -INFINITY;
   for (int32_t part = 0; part < num_parts; ++part) largest = std::fmax(largest, lse_of(part));
@@ -22,8 +25,7 @@ float combine_row(int32_t num_parts, int32_t dim, LseOf&& lse_of, OutOf&& out_of
   for (int32_t part = 0; part < num_parts; ++part) {
     if (lse_of(part) == -INFINITY) continue;
     const float weight = std::exp(lse_of(part) - largest);
-    const float* out = out_of(part);
-    for (int32_t c = 0; c < dim; ++c) sum[c] += weight * out[c];
+    mk.add_scaled(out_of(part), dtype, weight, dim, sum);
     total += weight;
   }
   const float inverse = 1.0f / total;

@@ -77,6 +77,9 @@ struct MicroKernels {
   /// 0, dst is 0; where src has a NaN or an infinity, dst is 0 and scale NaN.
   float (*quantize_row)(const float* src, int32_t n, int8_t* dst);
 
+  /// sum[0, n) += weight * src.
+  void (*add_scaled)(const void* src, DType dtype, float weight, int32_t n, float* sum);
+
   /// Turns the first 2 * half channels of `row` by one row of the rotary tables.
   void (*rotate_row)(float* row, const float* cos, const float* sin, int32_t half, bool interleaved);
 

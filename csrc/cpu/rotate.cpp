@@ -128,7 +128,8 @@ class CacheWriter {
       return;
     }
     if (dtype_ == DType::Float8E4M3) {
-      for (int32_t c = 0; c < p_.head_dim; ++c) row[c] /= scale.of(head);
+      const float divisor = scale.of(head);
+      for (int32_t c = 0; c < p_.head_dim; ++c) row[c] /= divisor;
     }
     mk_.store_row(row, dtype_, p_.head_dim, out);
   }
