@@ -65,7 +65,7 @@ class Count:
         }
         if self.operation == "decode":
             flags["cache-dtype"] = self.cache_dtype
-        return [self.operation, *(f"--{name}={value}" for name, value in flags.items())]
+        return [self.operation, "--no-ceiling", *(f"--{name}={value}" for name, value in flags.items())]
 
     def title(self) -> str:
         """In a table."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -235,10 +236,15 @@ def test_ask_refuses_options_that_make_no_sense(folder, document, options, capsy
 def test_ctrl_c_while_streaming_ends_with_130(folder, document):
     command = [sys.executable, "-m", "dca_ext", "ask", "--model", str(folder), "--file", str(document)]
     command += ["--max-new-tokens", "1000000", "--device", "cpu", QUESTION]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout.read(1)  # it streams
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+    # What a shell starts in the background ignores Ctrl-C, and so would what it starts.
+    heeds_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heeds_ctrl_c) as process:
+        try:
+            assert process.stdout.read(1)  # it streams
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert b"interrupted" in err
     assert b"Traceback" not in err

@@ -62,6 +62,7 @@ const std::vector<IntegerFlag>& integer_flags() {
   print("--cache-dtype TYPE", "decode, append: same (as --dtype), e4m3, or int8 with a scale per row (same)");
   print("--timing WAY",
         "CUDA: events around the call, or around the replay of a graph (events for prefill, else graph)");
+  print("--no-ceiling", "measure no ceiling: for profilers, under which it takes long");
   print("--verify", "compare with the double-precision reference; fails if the error is too large");
   print("--json FILE", "also write the result as one line of JSON");
   std::exit(0);
@@ -121,7 +122,7 @@ std::vector<Flag> to_flags(const std::vector<std::string>& arguments) {
   for (size_t i = 0; i < arguments.size(); ++i) {
     const std::string& text = arguments[i];
     const size_t equals = text.find('=');
-    if (text == "--verify") {
+    if (text == "--verify" || text == "--no-ceiling") {
       flags.push_back({text, ""});
     } else if (equals != std::string::npos) {
       flags.push_back({text.substr(0, equals), text.substr(equals + 1)});
@@ -135,7 +136,9 @@ std::vector<Flag> to_flags(const std::vector<std::string>& arguments) {
 }
 
 void set_flag(Options& options, const Flag& flag) {
-  if (flag.name == "--verify") {
+  if (flag.name == "--no-ceiling") {
+    options.ceiling = false;
+  } else if (flag.name == "--verify") {
     options.verify = true;
   } else if (flag.name == "--device") {
     options.device = to_device(flag.value);

@@ -36,7 +36,8 @@ struct Options {
   int64_t repeat = 9;
   int64_t warmup = 2;
   bool verify = false;
-  std::string json;  ///< file for one line of JSON; empty: none
+  bool ceiling = true;  ///< measure what the machine could do at best
+  std::string json;     ///< file for one line of JSON; empty: none
 };
 
 const char* name_of(Operation operation);

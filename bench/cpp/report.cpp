@@ -100,9 +100,11 @@ std::string json_of(const Options& o, const Result& r) {
   line.add("work", r.work);
   line.add("work_unit", std::string(r.work_unit));
   line.add("rate_per_s", r.work / median);
-  line.add("ceiling_per_s", r.ceiling.per_second);
-  line.add("ceiling", r.ceiling.name);
-  line.add("percent_of_ceiling", 100.0 * r.work / median / r.ceiling.per_second);
+  if (o.ceiling) {
+    line.add("ceiling_per_s", r.ceiling.per_second);
+    line.add("ceiling", r.ceiling.name);
+    line.add("percent_of_ceiling", 100.0 * r.work / median / r.ceiling.per_second);
+  }
   if (o.verify) line.add("verified", r.verified);
   line.add("machine", r.machine);
   for (const auto& [name, value] : r.facts) {
@@ -147,9 +149,12 @@ void print_table(const Options& o, const Result& r) {
     std::printf("  rotate_keys  %.4f ms  not part of the above\n", 1e3 * r.rotate_keys_seconds);
   }
   std::printf("  work         %s%s\n", with_prefix(r.work).c_str(), r.work_unit);
-  std::printf("  rate         %s%s/s  %.1f %% of %s%s/s (%s, this run)\n", with_prefix(rate).c_str(), r.work_unit,
-              100.0 * rate / r.ceiling.per_second, with_prefix(r.ceiling.per_second).c_str(), r.work_unit,
-              r.ceiling.name.c_str());
+  std::printf("  rate         %s%s/s", with_prefix(rate).c_str(), r.work_unit);
+  if (o.ceiling) {
+    std::printf("  %.1f %% of %s%s/s (%s, this run)", 100.0 * rate / r.ceiling.per_second,
+                with_prefix(r.ceiling.per_second).c_str(), r.work_unit, r.ceiling.name.c_str());
+  }
+  std::printf("\n");
   if (o.verify) std::printf("  verified     %s\n", r.verified.c_str());
 }
 

@@ -94,7 +94,7 @@ Result run_prefill(const Options& o, Machine& machine, const Rotary& rotary) {
   const double pairs = 0.5 * static_cast<double>(o.seqlen) * static_cast<double>(o.seqlen + 1);
   result.work = 4.0 * static_cast<double>(o.batch * o.heads * o.head_dim) * pairs;
   result.work_unit = "FLOP";
-  result.ceiling = machine.arithmetic_ceiling(o.dtype);
+  if (o.ceiling) result.ceiling = machine.arithmetic_ceiling(o.dtype);
   if (o.verify) result.verified = verify(machine, rotary, tensors, p, {});
   return result;
 }
@@ -127,7 +127,7 @@ Result run_decode(const Options& o, Machine& machine, const Rotary& rotary) {
   result.work_unit = "B";
   Buffers read = {tensors.k.buffer(), tensors.v.buffer()};
   if (k_scales.count > 0) read.insert(read.end(), {k_scales.buffer(), v_scales.buffer()});
-  result.ceiling = machine.read_ceiling(read);
+  if (o.ceiling) result.ceiling = machine.read_ceiling(read);
   if (o.verify) result.verified = verify(machine, rotary, tensors, p, layout.host_pages());
   return result;
 }
@@ -168,7 +168,7 @@ Result run_append(const Options& o, Machine& machine, const Rotary& rotary) {
   }
   // Caches of pages have a few slots more; those of narrow elements take a part of k and v.
   const auto part = [&](const Tensor& tensor) { return std::pair<void*, size_t>(tensor.memory.get(), written); };
-  result.ceiling = machine.copy_ceiling({part(k), part(v)}, {part(k_cache), part(v_cache)});
+  if (o.ceiling) result.ceiling = machine.copy_ceiling({part(k), part(v)}, {part(k_cache), part(v_cache)});
   return result;
 }
 
@@ -212,7 +212,7 @@ Result run_merge(const Options& o, Machine& machine) {
     p.exec = {};
     result.verified = verify_merge(p, host_copy(machine, out));
   }
-  result.ceiling = machine.copy_ceiling({outs[0].buffer()}, {out.buffer()});
+  if (o.ceiling) result.ceiling = machine.copy_ceiling({outs[0].buffer()}, {out.buffer()});
   return result;
 }
 
