@@ -310,7 +310,7 @@ def test_counts_come_from_callgrinds_file(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     def callgrind(command: list[str], env: dict[str, str], **_: object) -> subprocess.CompletedProcess[str]:
-        options = dict(part.split("=", 1) for part in command if part.startswith("--"))
+        options = dict(part.split("=", 1) for part in command if part.startswith("--") and "=" in part)
         Path(options["--callgrind-out-file"]).write_text("events: Ir\nsummary: 500\n\ntotals: 500\n")
         Path(options["--json"]).write_text(json.dumps({"kernel": env["DCA_CPU_ISA"], "work": 4000, "work_unit": "B"}))
         return subprocess.CompletedProcess(command, 0, "", "")
