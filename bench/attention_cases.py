@@ -189,7 +189,7 @@ def _refusal(call: Callable[[], object]) -> str:
             warnings.simplefilter("always")
             call()
             torch.cuda.synchronize()
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, ValueError) as error:
         # The reasons of scaled_dot_product_attention are warnings before an error that says nothing.
         return " ".join(str(warning.message).splitlines()[0] for warning in said) or str(error).splitlines()[0]
     return ""

@@ -170,12 +170,12 @@ class Results:
 
 def measure(args: argparse.Namespace, results: Results, console: Console) -> None:
     """Case after case, saved after each."""
-    run, todo = results.run, list(cases(args))
-    total = sum(len(run.contenders(case.kind)) for case in todo)
+    run, planned = results.run, list(cases(args))
+    total = sum(len(run.contenders(case.kind)) for case in planned)
     with progress_bar(console) as bars:
         task = bars.add_task("measuring", total=total)
         done = 0
-        for case in todo:
+        for case in planned:
             name = case_name(case.to_dict())
             bars.update(task, description=f"{name}: comparing with float64")
 

@@ -160,7 +160,7 @@ class CaseRun:
             return base | {"skipped": reason}
         try:
             return base | self._timed(contender)
-        except (RuntimeError, ValueError, TypeError, ImportError, NotImplementedError, MemoryError) as error:
+        except (RuntimeError, ValueError, TypeError, ImportError, MemoryError) as error:
             return base | {"skipped": _one_line(error)}
 
     def _timed(self, contender: Contender) -> Row:

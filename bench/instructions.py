@@ -172,10 +172,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = 0
     try:
         binary = find_binary(args.build)
-        todo = list(counts(args))
+        planned = list(counts(args))
         with progress_bar(Console(stderr=True, highlight=False)) as bars:
-            task = bars.add_task("counting", total=len(todo))
-            for count in todo:
+            task = bars.add_task("counting", total=len(planned))
+            for count in planned:
                 bars.update(task, description=count.title())
                 rows.append(run_count(count, binary, args.isa))
                 bars.advance(task)

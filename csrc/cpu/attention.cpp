@@ -174,10 +174,11 @@ void run_task(const AttentionParams& p, const MicroKernels& mk, const Task& task
   const SeqlenInfo info = SeqlenInfo::of(p, task.b);
   const QueryRows rows(p, mk, info, task);
   const RunningRows state = scratch.running_rows(worker);
+  const TaskContext context{p, mk, task, rows, state, Cache::keys(p), Cache::values(p), CacheRows(p, info, task.b)};
   if (task.packed) {
-    TileWalk(p, mk, info, task, rows, scratch.tile_buffers(worker), state).run();
+    TileWalk(context, scratch.tile_buffers(worker)).run();
   } else {
-    RowWalk(p, mk, info, task, rows, scratch.row_buffers(worker, rows.count()), state).run();
+    RowWalk(context, scratch.row_buffers(worker, rows.count())).run();
   }
   for (int32_t row = 0; row < rows.count(); ++row) {
     const float lse = state.finish(row, p.head_dim, head_scale(p, p.v_scale, rows.kv_head(row)));

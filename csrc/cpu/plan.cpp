@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kMinMacsPerThread = 100000;  // some 3 microseconds
 
 // Which KV heads share a task. Where the heads of a key lie side by side, reading them together reads memory
-// straight on: 20 to 27 GB/s where head after head gave 13 to 16 (8 heads x 512 bytes, Zen 3, two threads).
+// straight on: 21 to 28 GB/s where head after head gave 13 to 16 (8 heads x 512 bytes, Zen 3, two threads).
 int32_t kv_heads_per_task(const AttentionParams& p, int64_t rows, bool packed) {
   const bool side_by_side = p.k.stride.head < p.k.stride.row && p.v.stride.head < p.v.stride.row;
   if (packed || !side_by_side) return 1;

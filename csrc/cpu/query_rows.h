@@ -85,4 +85,16 @@ struct RunningRows {
   }
 };
 
+/// What both walks know of their task.
+struct TaskContext {
+  const AttentionParams& p;
+  const MicroKernels& mk;
+  const Task& task;
+  const QueryRows& rows;
+  RunningRows state;
+  Cache keys;
+  Cache values;
+  CacheRows places;
+};
+
 }  // namespace dca::cpu

@@ -28,23 +28,14 @@ struct RowBuffers {
 
 class RowWalk {
  public:
-  RowWalk(const AttentionParams& p, const MicroKernels& mk, const SeqlenInfo& info, const Task& task,
-          const QueryRows& rows, const RowBuffers& buffers, const RunningRows& state)
-      : p_(p),
-        mk_(mk),
-        task_(task),
-        keys_(Cache::keys(p)),
-        values_(Cache::values(p)),
-        places_(p, info, task.b),
-        rows_(rows),
-        w_(buffers),
-        state_(state),
-        dim_(static_cast<int32_t>(state.dim)) {}
+  RowWalk(const TaskContext& context, const RowBuffers& buffers)
+      : c_(context), w_(buffers), dim_(static_cast<int32_t>(context.state.dim)) {}
   RowWalk(const RowWalk&) = delete;
 
   void run() {
-    state_.clear(rows_.count());
-    for (SegmentIterator it(p_.chunk, task_.q_begin, task_.q_end, p_.segments, task_.window); !it.done(); it.next()) {
+    c_.state.clear(c_.rows.count());
+    for (SegmentIterator it(c_.p.chunk, c_.task.q_begin, c_.task.q_end, c_.p.segments, c_.task.window); !it.done();
+         it.next()) {
       load_queries(it.segment());
       const KeyRange keys = it.keys();
       find_runs(keys.begin, keys.end, *next_);
@@ -70,15 +61,15 @@ class RowWalk {
   // The runs of the block that starts at key `begin`.
   void find_runs(int32_t begin, int32_t end, Runs& runs) const {
     runs.count = 0;
-    places_.for_each_run(begin, std::min(kBlockKeys, end - begin), kRunKeys,
-                         [&](const RowRun& run) { runs.run[runs.count++] = run; });
+    c_.places.for_each_run(begin, std::min(kBlockKeys, end - begin), kRunKeys,
+                           [&](const RowRun& run) { runs.run[runs.count++] = run; });
   }
 
   void load_queries(Segment segment) {
-    for (int32_t row = 0; row < rows_.count(); ++row) {
+    for (int32_t row = 0; row < c_.rows.count(); ++row) {
       float* const query = w_.queries + static_cast<int64_t>(row) * dim_;
-      rows_.load(row, segment, dim_, query);
-      const float factor = rows_.logit_factor(row);
+      c_.rows.load(row, segment, dim_, query);
+      const float factor = c_.rows.logit_factor(row);
       for (int32_t c = 0; c < dim_; ++c) query[c] *= factor;
     }
   }
@@ -93,45 +84,45 @@ class RowWalk {
 
   void block(int32_t begin, int32_t n, bool masked) {
     for (int32_t i = 0; i < now_->count; ++i) {
-      for (int32_t head = task_.kv_head_begin; head < task_.kv_head_end; ++head) {
-        multiply_keys(now_->run[i], ahead(keys_, *now_, i + kRunsAhead, values_, *now_, head), head);
+      for (int32_t head = c_.task.kv_head_begin; head < c_.task.kv_head_end; ++head) {
+        multiply_keys(now_->run[i], ahead(c_.keys, *now_, i + kRunsAhead, c_.values, *now_, head), head);
       }
     }
-    for (int32_t row = 0; row < rows_.count(); ++row) w_.seen[row] = rows_.visible(row, begin, n, masked);
-    mk_.softmax_rows(w_.logits, kBlockKeys, rows_.count(), w_.seen, state_.row_max, state_.row_sum, state_.o,
-                     state_.dim, dim_);
+    for (int32_t row = 0; row < c_.rows.count(); ++row) w_.seen[row] = c_.rows.visible(row, begin, n, masked);
+    c_.mk.softmax_rows(w_.logits, kBlockKeys, c_.rows.count(), w_.seen, c_.state.row_max, c_.state.row_sum, c_.state.o,
+                       c_.state.dim, dim_);
     for (int32_t i = 0; i < now_->count; ++i) {
-      for (int32_t head = task_.kv_head_begin; head < task_.kv_head_end; ++head) {
-        weigh_values(now_->run[i], ahead(values_, *now_, i + kRunsAhead, keys_, *next_, head), head);
+      for (int32_t head = c_.task.kv_head_begin; head < c_.task.kv_head_end; ++head) {
+        weigh_values(now_->run[i], ahead(c_.values, *now_, i + kRunsAhead, c_.keys, *next_, head), head);
       }
     }
   }
 
   // Logits of one run for the rows of one KV head.
   void multiply_keys(const RowRun& run, const void* next, int32_t head) {
-    const HeadRows keys = keys_.rows(run, head);
+    const HeadRows keys = c_.keys.rows(run, head);
     const int32_t first = first_row(head);
     float* const s = logits(first) + run.offset;
-    mk_.qk_rows(w_.queries + static_cast<int64_t>(first) * dim_, dim_, rows_.per_kv_head(), keys, next, run.count, dim_,
-                s, kBlockKeys);
+    c_.mk.qk_rows(w_.queries + static_cast<int64_t>(first) * dim_, dim_, c_.rows.per_kv_head(), keys, next, run.count,
+                  dim_, s, kBlockKeys);
     scale_columns(keys, run.count, s);
   }
 
   // O += weights * values of one run for the rows of one KV head. The values that all rows see go together and the rest
   // row by row, since a weight of 0 does not hide a NaN in a value that the row must not see.
   void weigh_values(const RowRun& run, const void* next, int32_t head) {
-    const HeadRows values = values_.rows(run, head);
+    const HeadRows values = c_.values.rows(run, head);
     const int32_t first = first_row(head);
     const auto seen = [&](int32_t r) { return std::clamp(w_.seen[first + r] - run.offset, 0, run.count); };
     const auto weights = [&](int32_t r) { return logits(first + r) + run.offset; };
     int32_t common = run.count;
-    for (int32_t r = 0; r < rows_.per_kv_head(); ++r) common = std::min(common, seen(r));
+    for (int32_t r = 0; r < c_.rows.per_kv_head(); ++r) common = std::min(common, seen(r));
     scale_columns(values, run.count, weights(0));
-    mk_.pv_rows(weights(0), kBlockKeys, rows_.per_kv_head(), values, next, common, dim_, state_.row(first), dim_);
-    for (int32_t r = 0; r < rows_.per_kv_head(); ++r) {
+    c_.mk.pv_rows(weights(0), kBlockKeys, c_.rows.per_kv_head(), values, next, common, dim_, c_.state.row(first), dim_);
+    for (int32_t r = 0; r < c_.rows.per_kv_head(); ++r) {
       if (seen(r) == common) continue;
-      mk_.pv_rows(weights(r) + common, kBlockKeys, 1, values.from(common), next, seen(r) - common, dim_,
-                  state_.row(first + r), dim_);
+      c_.mk.pv_rows(weights(r) + common, kBlockKeys, 1, values.from(common), next, seen(r) - common, dim_,
+                    c_.state.row(first + r), dim_);
     }
   }
 
@@ -139,22 +130,15 @@ class RowWalk {
   // Columns that a row does not see may become NaN; nothing reads them.
   void scale_columns(const HeadRows& rows, int32_t count, float* s) const {
     if (rows.scales == nullptr) return;
-    mk_.scale_columns(s, kBlockKeys, rows_.per_kv_head(), count, rows.scales, rows.scale_stride);
+    c_.mk.scale_columns(s, kBlockKeys, c_.rows.per_kv_head(), count, rows.scales, rows.scale_stride);
   }
 
-  int32_t first_row(int32_t head) const { return (head - task_.kv_head_begin) * rows_.per_kv_head(); }
+  int32_t first_row(int32_t head) const { return (head - c_.task.kv_head_begin) * c_.rows.per_kv_head(); }
 
   float* logits(int32_t row) const { return w_.logits + static_cast<int64_t>(row) * kBlockKeys; }
 
-  const AttentionParams& p_;
-  const MicroKernels& mk_;
-  const Task& task_;
-  const Cache keys_;
-  const Cache values_;
-  const CacheRows places_;
-  const QueryRows& rows_;
+  const TaskContext& c_;
   const RowBuffers w_;
-  const RunningRows state_;
   const int32_t dim_;
   Runs runs_[2];
   Runs* now_ = runs_;       // of the block at hand

@@ -19,6 +19,7 @@ struct TileBuffers {
 
   /// 24 rows: their logits take 12 KiB, and so do their queries and outputs at head_dim 128.
   static constexpr int32_t kStripRows = 24;
+  static_assert(kStripRows % kTileRows == 0, "only the last strip of a tile may end with a part of a group");
 
   static int64_t count(int64_t rows, int64_t dim) {
     return rows * dim + kBlockKeys * (2 * dim + kStripRows) + dim * kPanelGap + kTileRows * dim;
@@ -34,24 +35,17 @@ struct TileBuffers {
 
 class TileWalk {
  public:
-  TileWalk(const AttentionParams& p, const MicroKernels& mk, const SeqlenInfo& info, const Task& task,
-           const QueryRows& rows, const TileBuffers& buffers, const RunningRows& state)
-      : p_(p),
-        mk_(mk),
-        products_(products_for(p, mk)),
-        task_(task),
-        keys_(Cache::keys(p)),
-        values_(Cache::values(p)),
-        places_(p, info, task.b),
-        rows_(rows),
+  TileWalk(const TaskContext& context, const TileBuffers& buffers)
+      : c_(context),
+        products_(products_for(context.p, context.mk)),
         w_(buffers),
-        state_(state),
-        queries_stride_((p.head_dim + products_.numbers_per_word - 1) / products_.numbers_per_word),
-        logit_factor_(rows.logit_factor(0)) {}
+        queries_stride_((c_.p.head_dim + products_.numbers_per_word - 1) / products_.numbers_per_word),
+        logit_factor_(c_.rows.logit_factor(0)) {}
 
   void run() {
-    state_.clear((rows_.count() + kTileRows - 1) / kTileRows * kTileRows);
-    for (SegmentIterator it(p_.chunk, task_.q_begin, task_.q_end, p_.segments, task_.window); !it.done(); it.next()) {
+    c_.state.clear((c_.rows.count() + kTileRows - 1) / kTileRows * kTileRows);
+    for (SegmentIterator it(c_.p.chunk, c_.task.q_begin, c_.task.q_end, c_.p.segments, c_.task.window); !it.done();
+         it.next()) {
       load_queries(it.segment());
       const KeyRange keys = it.keys();
       for (int32_t begin = keys.begin; begin < keys.end; begin += kBlockKeys) {
@@ -74,10 +68,10 @@ class TileWalk {
   float* queries(int32_t row) const { return w_.queries + static_cast<int64_t>(row) * queries_stride_; }
 
   void load_queries(Segment segment) {
-    for (int32_t first = 0; first < rows_.count(); first += kTileRows) {
-      const int32_t m = std::min(kTileRows, rows_.count() - first);
-      for (int32_t r = 0; r < m; ++r) rows_.load(first + r, segment, state_.dim, w_.staged + r * state_.dim);
-      products_.pack_queries(w_.staged, state_.dim, m, p_.head_dim, queries(first));
+    for (int32_t first = 0; first < c_.rows.count(); first += kTileRows) {
+      const int32_t m = std::min(kTileRows, c_.rows.count() - first);
+      for (int32_t r = 0; r < m; ++r) c_.rows.load(first + r, segment, c_.state.dim, w_.staged + r * c_.state.dim);
+      products_.pack_queries(w_.staged, c_.state.dim, m, c_.p.head_dim, queries(first));
     }
   }
 
@@ -85,8 +79,8 @@ class TileWalk {
     BlockRows block;
     block.count = n;
     block.dtype = cache.dtype;
-    places_.for_each_run(begin, n, n, [&](const RowRun& run) {
-      const HeadRows rows = cache.rows(run, task_.kv_head_begin);
+    c_.places.for_each_run(begin, n, n, [&](const RowRun& run) {
+      const HeadRows rows = cache.rows(run, c_.task.kv_head_begin);
       for (int32_t j = 0; j < run.count; ++j) {
         block.row[run.offset + j] = rows.from(j).data;
         if (rows.scales != nullptr) block.scale[run.offset + j] = rows.scales[j * rows.scale_stride];
@@ -96,18 +90,18 @@ class TileWalk {
   }
 
   void block(int32_t begin, int32_t n, bool masked) {
-    products_.pack_keys(rows_of(keys_, begin, n), p_.head_dim, w_.keys);
-    const BlockRows values = rows_of(values_, begin, n);
-    const bool finite = products_.pack_values(values, p_.head_dim, w_.values);
-    for (int32_t first = 0; first < rows_.count(); first += kStripRows) {
-      const int32_t m = std::min(kStripRows, rows_.count() - first);
+    products_.pack_keys(rows_of(c_.keys, begin, n), c_.p.head_dim, w_.keys);
+    const BlockRows values = rows_of(c_.values, begin, n);
+    const bool finite = products_.pack_values(values, c_.p.head_dim, w_.values);
+    for (int32_t first = 0; first < c_.rows.count(); first += kStripRows) {
+      const int32_t m = std::min(kStripRows, c_.rows.count() - first);
       int32_t seen[kStripRows];
-      for (int32_t r = 0; r < m; ++r) seen[r] = rows_.visible(first + r, begin, n, masked);
+      for (int32_t r = 0; r < m; ++r) seen[r] = c_.rows.visible(first + r, begin, n, masked);
       const int32_t most = *std::max_element(seen, seen + m);
       if (most == 0) continue;
-      products_.qk(queries(first), m, w_.keys, most, p_.head_dim, logit_factor_, w_.logits);
-      mk_.softmax_rows(w_.logits, kBlockKeys, m, seen, state_.row_max + first, state_.row_sum + first,
-                       state_.row(first), state_.dim, static_cast<int32_t>(state_.dim));
+      products_.qk(queries(first), m, w_.keys, most, c_.p.head_dim, logit_factor_, w_.logits);
+      c_.mk.softmax_rows(w_.logits, kBlockKeys, m, seen, c_.state.row_max + first, c_.state.row_sum + first,
+                         c_.state.row(first), c_.state.dim, static_cast<int32_t>(c_.state.dim));
       if (masked && !finite) {
         weigh_seen_values(first, m, seen, values);
       } else {
@@ -123,34 +117,27 @@ class TileWalk {
       std::fill(weights + seen[r], weights + most, 0.0f);
       products_.round_weights(weights, most);
     }
-    products_.pv(w_.logits, m, w_.values, most, p_.head_dim, state_.row(first), state_.dim);
+    products_.pv(w_.logits, m, w_.values, most, c_.p.head_dim, c_.state.row(first), c_.state.dim);
   }
 
   // A weight of 0 would not hide a NaN in a value that the row must not see.
   void weigh_seen_values(int32_t first, int32_t m, const int32_t* seen, const BlockRows& values) {
     for (int32_t j = 0; j < values.count; ++j) {
       float* const value = w_.staged;
-      mk_.load_row(values.row[j], values.dtype, p_.head_dim, value);
+      c_.mk.load_row(values.row[j], values.dtype, c_.p.head_dim, value);
       const float scale = values.dtype == DType::Int8 ? values.scale[j] : 1.0f;
       for (int32_t r = 0; r < m; ++r) {
         if (j >= seen[r]) continue;
         const float weight = w_.logits[r * kBlockKeys + j] * scale;
-        float* const o = state_.row(first + r);
-        for (int32_t c = 0; c < p_.head_dim; ++c) o[c] += weight * value[c];
+        float* const o = c_.state.row(first + r);
+        for (int32_t c = 0; c < c_.p.head_dim; ++c) o[c] += weight * value[c];
       }
     }
   }
 
-  const AttentionParams& p_;
-  const MicroKernels& mk_;
+  const TaskContext& c_;
   const PackedProducts& products_;
-  const Task& task_;
-  const Cache keys_;
-  const Cache values_;
-  const CacheRows places_;
-  const QueryRows& rows_;
   const TileBuffers w_;
-  const RunningRows state_;
   const int32_t queries_stride_;
   const float logit_factor_;
 };

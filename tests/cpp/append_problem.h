@@ -177,4 +177,27 @@ inline std::vector<AppendShape> shapes_to_rotate(DType dtype) {
   return shapes;
 }
 
+/// Appends to caches of 8-bit numbers: in one piece, into pages behind left padding, ragged.
+inline void expect_appends_match_reference(AppendShape shape) {
+  AppendProblem(shape).expect_matches_reference();
+  shape.page_size = 3;
+  shape.leftpads = {3, 13, 0};
+  AppendProblem(shape).expect_matches_reference();
+  shape.ragged = true;
+  shape.new_rows = {4, 17, 0};
+  AppendProblem(shape).expect_matches_reference();
+}
+
+/// The same with 0 to all channels of a row rotated, in halves and in neighbours.
+inline void expect_partial_rotations_match_reference(AppendShape shape) {
+  shape.head_dim = 80;
+  for (const bool interleaved : {false, true}) {
+    for (const int32_t half : {0, 1, 20, 40}) {
+      shape.half_rotary_dim = half;
+      shape.interleaved = interleaved;
+      AppendProblem(shape).expect_matches_reference();
+    }
+  }
+}
+
 }  // namespace dca::testing

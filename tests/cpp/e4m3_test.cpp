@@ -53,37 +53,22 @@ TEST(E4M3, AppendRoundsOnceToNearestEvenAndSaturates) {
   problem.expect_rounds_to_nearest_even(0.3f, 7.0f);
 }
 
+AppendShape appended(DType dtype, Scales scales) {
+  AppendShape shape;
+  shape.dtype = dtype;
+  shape.cache_dtype = DType::Float8E4M3;
+  shape.scales = scales;
+  return shape;
+}
+
 TEST(E4M3, AppendMatchesTheReference) {
   for (const DType dtype : kDTypes) {
-    for (const Scales scales : kAllScales) {
-      AppendShape shape;
-      shape.dtype = dtype;
-      shape.cache_dtype = DType::Float8E4M3;
-      shape.scales = scales;
-      AppendProblem(shape).expect_matches_reference();
-      shape.page_size = 3;
-      shape.leftpads = {3, 13, 0};
-      AppendProblem(shape).expect_matches_reference();
-      shape.ragged = true;
-      shape.new_rows = {4, 17, 0};
-      AppendProblem(shape).expect_matches_reference();
-    }
+    for (const Scales scales : kAllScales) expect_appends_match_reference(appended(dtype, scales));
   }
 }
 
 TEST(E4M3, AppendRotatesPartially) {
-  for (const bool interleaved : {false, true}) {
-    for (const int32_t half : {0, 1, 20, 40}) {
-      AppendShape shape;
-      shape.dtype = DType::BFloat16;
-      shape.cache_dtype = DType::Float8E4M3;
-      shape.scales = Scales::PerHead;
-      shape.head_dim = 80;
-      shape.half_rotary_dim = half;
-      shape.interleaved = interleaved;
-      AppendProblem(shape).expect_matches_reference();
-    }
-  }
+  expect_partial_rotations_match_reference(appended(DType::BFloat16, Scales::PerHead));
 }
 
 // --- Attention ---

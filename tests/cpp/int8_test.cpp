@@ -187,29 +187,10 @@ AppendShape appended(DType dtype) {
 }
 
 TEST(Int8, AppendMatchesTheReference) {
-  for (const DType dtype : kDTypes) {
-    AppendShape shape = appended(dtype);
-    AppendProblem(shape).expect_matches_reference();
-    shape.page_size = 3;
-    shape.leftpads = {3, 13, 0};
-    AppendProblem(shape).expect_matches_reference();
-    shape.ragged = true;
-    shape.new_rows = {4, 17, 0};
-    AppendProblem(shape).expect_matches_reference();
-  }
+  for (const DType dtype : kDTypes) expect_appends_match_reference(appended(dtype));
 }
 
-TEST(Int8, AppendRotatesPartially) {
-  for (const bool interleaved : {false, true}) {
-    for (const int32_t half : {0, 1, 20, 40}) {
-      AppendShape shape = appended(DType::BFloat16);
-      shape.head_dim = 80;
-      shape.half_rotary_dim = half;
-      shape.interleaved = interleaved;
-      AppendProblem(shape).expect_matches_reference();
-    }
-  }
-}
+TEST(Int8, AppendRotatesPartially) { expect_partial_rotations_match_reference(appended(DType::BFloat16)); }
 
 // --- Attention ---
 
