@@ -48,6 +48,18 @@ struct Cache {
     }
     return rows;
   }
+
+  /// Those of the heads [head_begin, head_end); `next` lies where the first of them has what is wanted soon.
+  RunRows rows(const RowRun& run, int32_t head_begin, int32_t head_end, const void* next) const {
+    RunRows rows;
+    rows.first = this->rows(run, head_begin);
+    rows.head_stride = tensor.stride.head;
+    rows.head_scale_stride = scale.stride.head;
+    rows.heads = head_end - head_begin;
+    rows.count = run.count;
+    rows.next = next;
+    return rows;
+  }
 };
 
 /// Where the logical keys of one sequence lie, in K and in V alike.

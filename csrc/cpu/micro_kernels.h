@@ -11,6 +11,7 @@
 namespace dca::cpu {
 
 inline constexpr int32_t kBlockKeys = 128;  ///< keys that a tile packs at a time; the row stride of its logits
+inline constexpr int32_t kRunKeys = 8;      ///< keys of a run: products over rows where they lie are made for as many
 inline constexpr int32_t kPanelGap = 16;    ///< words between panels of values
 inline constexpr int32_t kTileRows = 6;     ///< rows of a product in registers: 6 x 2 sums, 2 operands, 1 broadcast
 
@@ -26,6 +27,23 @@ struct HeadRows {
   HeadRows from(int64_t row) const {
     return {static_cast<const char*>(data) + row * stride * static_cast<int64_t>(element_size(dtype)), stride, dtype,
             scales == nullptr ? nullptr : scales + row * scale_stride, scale_stride};
+  }
+};
+
+/// `count` neighbouring rows of `heads` neighbouring heads; at most kRunKeys is what the products are quickest with.
+struct RunRows {
+  HeadRows first;  ///< of the first head
+  int64_t head_stride = 0;
+  int64_t head_scale_stride = 0;
+  int32_t heads = 1;
+  int32_t count = 0;
+  const void* next = nullptr;  ///< rows at the same strides that will be wanted soon; it may point anywhere
+
+  HeadRows head(int32_t h) const {
+    HeadRows rows = first;
+    rows.data = static_cast<const char*>(rows.data) + h * head_stride * static_cast<int64_t>(element_size(rows.dtype));
+    if (rows.scales != nullptr) rows.scales += h * head_scale_stride;
+    return rows;
   }
 };
 
@@ -89,17 +107,20 @@ struct MicroKernels {
   void (*softmax_rows)(float* s, int64_t lds, int32_t m, const int32_t* counts, float* row_max, float* row_sum,
                        float* o, int64_t ldo, int32_t dim);
 
-  /// s (m, n) = q (m, dim) * keys (n, dim)^T, keys read where they are. dim is a multiple of lanes. `next` are rows at
-  /// the same stride that will be wanted soon: it may point anywhere.
-  void (*qk_rows)(const float* q, int64_t ldq, int32_t m, HeadRows keys, const void* next, int32_t n, int32_t dim,
-                  float* s, int64_t lds);
+  /// The products below may want the channels of a row in an order of their own, which depends on the dtype of the
+  /// cache. Puts a row of q into that order, and a row of o back.
+  void (*to_row_order)(float* row, DType cached, int32_t dim);
+  void (*from_row_order)(float* row, DType cached, int32_t dim);
 
-  /// o (m, dim) += p (m, n) * values (n, dim), in the same way.
-  void (*pv_rows)(const float* p, int64_t ldp, int32_t m, HeadRows values, const void* next, int32_t n, int32_t dim,
-                  float* o, int64_t ldo);
+  /// s = q * keys^T for m query rows of each head, keys read where they are. q (heads * m, dim) and s (heads * m,
+  /// count; rows of kBlockKeys floats) are in the order of the heads. dim is a multiple of lanes.
+  void (*qk_rows)(const float* q, int32_t m, const RunRows& keys, int32_t dim, float* s);
 
-  /// s (m, n): column j times scales[j * scale_stride].
-  void (*scale_columns)(float* s, int64_t lds, int32_t m, int32_t n, const float* scales, int64_t scale_stride);
+  /// o (heads * m, dim) += p (heads * m, count; rows of kBlockKeys floats) * values, in the same way.
+  void (*pv_rows)(const float* p, int32_t m, const RunRows& values, int32_t dim, float* o);
+
+  /// s (heads * m, count): columns times the scales of the rows of their head. Nothing where there are none.
+  void (*scale_columns)(float* s, int32_t m, const RunRows& rows);
 
   PackedProducts fp32;
   const PackedProducts* bfloat16;  ///< of bfloat16 queries, keys and values; nullptr: as fp32

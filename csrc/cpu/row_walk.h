@@ -46,11 +46,12 @@ class RowWalk {
         block(begin, n, it.needs_mask(begin + n));
       }
     }
+    for (int32_t row = 0; row < c_.rows.count(); ++row) {
+      c_.mk.from_row_order(c_.state.row(row), c_.values.dtype, dim_);
+    }
   }
 
  private:
-  // 8 rows at a distance of 4 KiB share 8 ways of a small L1 cache.
-  static constexpr int32_t kRunKeys = 8;
   static constexpr int32_t kRunsAhead = 2;
 
   struct Runs {
@@ -71,69 +72,61 @@ class RowWalk {
       c_.rows.load(row, segment, dim_, query);
       const float factor = c_.rows.logit_factor(row);
       for (int32_t c = 0; c < dim_; ++c) query[c] *= factor;
+      c_.mk.to_row_order(query, c_.keys.dtype, dim_);
     }
   }
 
-  // Where run i of `runs` of a cache lies, or what is read after the last of them.
-  const void* ahead(const Cache& cache, const Runs& runs, int32_t i, const Cache& cache_after, const Runs& runs_after,
-                    int32_t head) const {
-    if (i < runs.count) return cache.rows(runs.run[i], head).data;
-    i = std::min(i - runs.count, runs_after.count - 1);
-    return i < 0 ? nullptr : cache_after.rows(runs_after.run[i], head).data;
+  // Run i of `runs` of a cache, and where lies what is read two runs later: a run of the same block, or of what is read
+  // after it.
+  RunRows rows_of(const Cache& cache, const Runs& runs, int32_t i, const Cache& cache_after,
+                  const Runs& runs_after) const {
+    const int32_t head = c_.task.kv_head_begin;
+    const int32_t ahead = i + kRunsAhead;
+    const void* next = nullptr;
+    if (ahead < runs.count) {
+      next = cache.rows(runs.run[ahead], head).data;
+    } else if (runs_after.count > 0) {
+      next = cache_after.rows(runs_after.run[std::min(ahead - runs.count, runs_after.count - 1)], head).data;
+    }
+    return cache.rows(runs.run[i], head, c_.task.kv_head_end, next);
   }
 
   void block(int32_t begin, int32_t n, bool masked) {
     for (int32_t i = 0; i < now_->count; ++i) {
-      for (int32_t head = c_.task.kv_head_begin; head < c_.task.kv_head_end; ++head) {
-        multiply_keys(now_->run[i], ahead(c_.keys, *now_, i + kRunsAhead, c_.values, *now_, head), head);
-      }
+      multiply_keys(now_->run[i], rows_of(c_.keys, *now_, i, c_.values, *now_));
     }
     for (int32_t row = 0; row < c_.rows.count(); ++row) w_.seen[row] = c_.rows.visible(row, begin, n, masked);
     c_.mk.softmax_rows(w_.logits, kBlockKeys, c_.rows.count(), w_.seen, c_.state.row_max, c_.state.row_sum, c_.state.o,
                        c_.state.dim, dim_);
+    const int32_t seen_by_all = *std::min_element(w_.seen, w_.seen + c_.rows.count());
     for (int32_t i = 0; i < now_->count; ++i) {
-      for (int32_t head = c_.task.kv_head_begin; head < c_.task.kv_head_end; ++head) {
-        weigh_values(now_->run[i], ahead(c_.values, *now_, i + kRunsAhead, c_.keys, *next_, head), head);
+      const RowRun& run = now_->run[i];
+      const RunRows values = rows_of(c_.values, *now_, i, c_.keys, *next_);
+      c_.mk.scale_columns(logits(0) + run.offset, c_.rows.per_kv_head(), values);
+      if (run.offset + run.count <= seen_by_all) {
+        c_.mk.pv_rows(logits(0) + run.offset, c_.rows.per_kv_head(), values, dim_, c_.state.o);
+      } else {
+        weigh_seen_values(run, values);
       }
     }
   }
 
-  // Logits of one run for the rows of one KV head.
-  void multiply_keys(const RowRun& run, const void* next, int32_t head) {
-    const HeadRows keys = c_.keys.rows(run, head);
-    const int32_t first = first_row(head);
-    float* const s = logits(first) + run.offset;
-    c_.mk.qk_rows(w_.queries + static_cast<int64_t>(first) * dim_, dim_, c_.rows.per_kv_head(), keys, next, run.count,
-                  dim_, s, kBlockKeys);
-    scale_columns(keys, run.count, s);
+  void multiply_keys(const RowRun& run, const RunRows& keys) {
+    float* const s = logits(0) + run.offset;
+    c_.mk.qk_rows(w_.queries, c_.rows.per_kv_head(), keys, dim_, s);
+    c_.mk.scale_columns(s, c_.rows.per_kv_head(), keys);
   }
 
-  // O += weights * values of one run for the rows of one KV head. The values that all rows see go together and the rest
-  // row by row, since a weight of 0 does not hide a NaN in a value that the row must not see.
-  void weigh_values(const RowRun& run, const void* next, int32_t head) {
-    const HeadRows values = c_.values.rows(run, head);
-    const int32_t first = first_row(head);
-    const auto seen = [&](int32_t r) { return std::clamp(w_.seen[first + r] - run.offset, 0, run.count); };
-    const auto weights = [&](int32_t r) { return logits(first + r) + run.offset; };
-    int32_t common = run.count;
-    for (int32_t r = 0; r < c_.rows.per_kv_head(); ++r) common = std::min(common, seen(r));
-    scale_columns(values, run.count, weights(0));
-    c_.mk.pv_rows(weights(0), kBlockKeys, c_.rows.per_kv_head(), values, next, common, dim_, c_.state.row(first), dim_);
-    for (int32_t r = 0; r < c_.rows.per_kv_head(); ++r) {
-      if (seen(r) == common) continue;
-      c_.mk.pv_rows(weights(r) + common, kBlockKeys, 1, values.from(common), next, seen(r) - common, dim_,
-                    c_.state.row(first + r), dim_);
+  // Row by row, since a weight of 0 would not hide a NaN in a value that the row must not see.
+  void weigh_seen_values(const RowRun& run, const RunRows& values) {
+    for (int32_t row = 0; row < c_.rows.count(); ++row) {
+      RunRows seen = values;
+      seen.first = values.head(row / c_.rows.per_kv_head());
+      seen.heads = 1;
+      seen.count = std::clamp(w_.seen[row] - run.offset, 0, run.count);
+      c_.mk.pv_rows(logits(row) + run.offset, 1, seen, dim_, c_.state.row(row));
     }
   }
-
-  // The rows of an Int8 cache are read without their scales, which are factors on columns of logits and weights.
-  // Columns that a row does not see may become NaN; nothing reads them.
-  void scale_columns(const HeadRows& rows, int32_t count, float* s) const {
-    if (rows.scales == nullptr) return;
-    c_.mk.scale_columns(s, kBlockKeys, c_.rows.per_kv_head(), count, rows.scales, rows.scale_stride);
-  }
-
-  int32_t first_row(int32_t head) const { return (head - c_.task.kv_head_begin) * c_.rows.per_kv_head(); }
 
   float* logits(int32_t row) const { return w_.logits + static_cast<int64_t>(row) * kBlockKeys; }
 

@@ -1,0 +1,241 @@
+"""Mutations of the CPU kernels and of what host and device share, for mutations.py."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mutation_suite import Mutation, Suite, build_program, is_green
+
+CPU = "csrc/cpu/"
+SHARED = "csrc/include/dca/"
+
+#: Q is rotated for the first segment that has keys, and never again.
+KEEP_FIRST_Q = "if (it.keys().end == c_.task.q_end) load_queries(it.segment());"
+
+MUTATIONS = [
+    Mutation("mask: one key too many", CPU + "query_rows.h", "position(row) - begin + 1", "position(row) - begin + 2"),
+    Mutation("mask: none in the intra segment", SHARED + "chunk_geometry.h", "end > q_begin_ + 1", "end < q_begin_"),
+    Mutation(
+        "mask: unseen keys of a packed block keep their weights",
+        CPU + "tile_walk.h",
+        "std::fill(weights + seen[r], weights + most, 0.0f);",
+        "",
+    ),
+    Mutation(
+        "mask: a NaN in an unseen value reaches rows of a tile",
+        CPU + "tile_walk.h",
+        "if (masked && !finite) {",
+        "if (false && !finite) {",
+    ),
+    Mutation(
+        "mask: a NaN in an unseen value reaches rows of a decode task",
+        CPU + "row_walk.h",
+        "common = std::min(common, seen(r));",
+        "common = std::max(common, seen(r));",
+    ),
+    Mutation(
+        "segment: the successive one ends one chunk early",
+        SHARED + "chunk_geometry.h",
+        "if (segment == Segment::Successive) return {previous, begin};",
+        "if (segment == Segment::Successive) return {previous, previous};",
+    ),
+    Mutation(
+        "segment: queries of the inter segment one position nearer",
+        SHARED + "chunk_geometry.h",
+        "if (segment == Segment::Inter) return max_position;",
+        "if (segment == Segment::Inter) return max_position - 1;",
+    ),
+    Mutation(
+        "segment: the successive position is not capped",
+        SHARED + "chunk_geometry.h",
+        "return within < max_position - chunk_len ? within + chunk_len : max_position;",
+        "return within + chunk_len < 2 * max_position ? within + chunk_len : max_position;",
+    ),
+    Mutation("segment: a tile's Q stays as it was", CPU + "tile_walk.h", "load_queries(it.segment());", KEEP_FIRST_Q),
+    Mutation(
+        "segment: a decode task's Q stays as it was", CPU + "row_walk.h", "load_queries(it.segment());", KEEP_FIRST_Q
+    ),
+    Mutation(
+        "tiles: one straddles a chunk border",
+        SHARED + "chunk_geometry.h",
+        "if (end > chunk_end(begin)) end = chunk_end(begin);",
+        "",
+    ),
+    Mutation(
+        "splits: each leaves out its last key",
+        CPU + "plan.cpp",
+        "static_cast<int32_t>(std::min<int64_t>(first + keys, end))}",
+        "static_cast<int32_t>(std::min<int64_t>(first + keys - (plan.num_splits > 1 ? 1 : 0), end))}",
+    ),
+    Mutation(
+        "merge: parts weigh the same",
+        CPU + "combine.h",
+        "const float weight = std::exp(lse_of(part) - largest);",
+        "const float weight = 1.0f;",
+    ),
+    Mutation(
+        "merge: a NaN becomes a silent zero", CPU + "combine.h", "if (!any_nan) return -INFINITY;", "return -INFINITY;"
+    ),
+    Mutation(
+        "softmax: O keeps its scale when the maximum moves",
+        CPU + "simd_softmax.inc",
+        "if (alpha[r] == 1.0f) continue;",
+        "continue;",
+    ),
+    Mutation(
+        "softmax: the sum keeps its scale when the maximum moves",
+        CPU + "simd_softmax.inc",
+        "row_sum[r] = row_sum[r] * alpha[r] +",
+        "row_sum[r] = row_sum[r] +",
+    ),
+    Mutation(
+        "softmax: columns behind the last one count",
+        CPU + "simd_softmax.inc",
+        "for (; n % kLanes != 0; ++n) row[n] = -kInfinity;",
+        "for (; n % kLanes != 0; ++n) row[n] = row[0];",
+    ),
+    Mutation(
+        "softmax: LSE stays in base 2",
+        CPU + "query_rows.h",
+        "(row_max[r] + std::log2(row_sum[r])) * kLn2",
+        "(row_max[r] + std::log2(row_sum[r]))",
+    ),
+    Mutation(
+        "GQA: all heads of a decode task read the first KV head's keys",
+        CPU + "row_walk.h",
+        "const HeadRows keys = c_.keys.rows(run, head);",
+        "const HeadRows keys = c_.keys.rows(run, c_.task.kv_head_begin);",
+    ),
+    Mutation(
+        "left padding: logical key 0 is slot 0",
+        CPU + "cache_rows.h",
+        "first_row_(info.k_row + info.leftpad)",
+        "first_row_(info.k_row)",
+    ),
+    Mutation(
+        "left padding: rows in front of the first key are left as they were",
+        CPU + "attention.cpp",
+        "  clear_rows_without_position(p, output);\n",
+        "",
+    ),
+    Mutation(
+        "pages: a run goes on behind the end of its page",
+        CPU + "cache_rows.h",
+        "run.count = std::min(run.count, page_size_ - within);",
+        "run.count = std::min(run.count, 2 * page_size_ - within);",
+    ),
+    Mutation(
+        "append: values go to the slot before",
+        CPU + "rotate.cpp",
+        "const Place place = place_of(b, slot);",
+        "const Place place = place_of(b, slot > 0 ? slot - 1 : slot);",
+    ),
+    Mutation(
+        "append: left padding counts as positions",
+        CPU + "rotate.cpp",
+        "return slot(b, r) - (p.cache_leftpad != nullptr ? p.cache_leftpad[b] : 0);",
+        "return slot(b, r);",
+    ),
+    Mutation(
+        "rotation: pairs turn the other way in vectors",
+        CPU + "simd_rotary.inc",
+        "store(row + c, a * load(cos + c) - b * load(sin + c));",
+        "store(row + c, a * load(cos + c) + b * load(sin + c));",
+    ),
+    Mutation(
+        "rotation: interleaved pairs are taken for halves",
+        CPU + "simd_rotary.inc",
+        "const int32_t partner = interleaved ? 1 : half;",
+        "const int32_t partner = half;",
+    ),
+    Mutation(
+        "products: the last keys of a run are left out",
+        CPU + "simd_rows.inc",
+        "  if (j < n) qk_block",
+        "  if (false) qk_block",
+    ),
+    Mutation(
+        "products: the last panel of values is taken for a whole one",
+        CPU + "simd_packed.inc",
+        "if (vecs < kVecs) return",
+        "if (false) return",
+    ),
+    Mutation(
+        "bf16: rounding truncates",
+        CPU + "simd_elements.inc",
+        "const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;",
+        "const VecU rounded = bits >> 16;",
+    ),
+    Mutation(
+        "bf16: the second number of each pair is left out",
+        CPU + "simd_packed.inc",
+        "return sum + bit_cast<Vec>(x & 0xffff0000u) * bit_cast<Vec>(y & 0xffff0000u);",
+        "return sum;",
+        modes=("portable_bf16",),
+    ),
+    Mutation(
+        "e4m3: NaN is read as a number",
+        CPU + "simd_elements.inc",
+        "_mm256_cvtph_ps(_mm_or_si128(half, nan))",
+        "_mm256_cvtph_ps(half)",
+        modes=("avx2",),
+    ),
+    Mutation(
+        "e4m3: subnormal numbers are read as normal ones",
+        CPU + "simd_elements.inc",
+        "const Vec z = y * 2.0f - 0x1p-6f;",
+        "const Vec z = y;",
+        modes=("portable",),
+    ),
+    Mutation(
+        "e4m3: all heads have the scale of the first",
+        CPU + "query_rows.h",
+        "head_scale(p_, p_.k_scale, kv_head(row))",
+        "head_scale(p_, p_.k_scale, 0)",
+    ),
+    Mutation(
+        "int8: a decode task leaves out the scales",
+        CPU + "row_walk.h",
+        "if (rows.scales == nullptr) return;",
+        "return;",
+    ),
+    Mutation(
+        "int8: packed keys leave out the scales",
+        CPU + "simd_packed.inc",
+        "if constexpr (kScaled<T>) square[l] *= scale;",
+        "if constexpr (kScaled<T>) square[l] *= 1.0f;",
+    ),
+    Mutation(
+        "int8: a row's last channels do not count for its scale",
+        CPU + "simd_quantize.inc",
+        "for (int32_t c = whole; c < n; ++c) rest[c - whole] = src[c];",
+        "",
+    ),
+    Mutation(
+        "workers: two share their buffers",
+        CPU + "attention.cpp",
+        "memory_.get() + worker * per_worker_",
+        "memory_.get() + worker / 2 * per_worker_",
+    ),
+]
+
+OPTIONS = ["-DDCA_CUDA=OFF", "-DDCA_BUILD_TESTS=ON", "-DCMAKE_BUILD_TYPE=Release"]
+
+
+def run_tests(build: Path, mutation: Mutation, mode: str) -> bool:
+    """All tests with the kernels for one instruction set, or with those that the library chooses."""
+    environment = {**os.environ, "DCA_NUM_THREADS": "4"}
+    environment.pop("DCA_CPU_ISA", None)
+    if mode != "native":
+        environment["DCA_CPU_ISA"] = mode
+    return is_green([str(build / "tests/cpp/dca_cpp_tests")], mutation.tests, environment)
+
+
+SUITE = Suite(
+    mutations=MUTATIONS,
+    unchanged=[Mutation("", CPU, "", "")],
+    modes=["native", "portable", "portable_bf16"],
+    build=lambda tree, build: build_program(tree, build, "dca_cpp_tests", OPTIONS),
+    run_tests=run_tests,
+)

@@ -1,0 +1,237 @@
+"""Mutations of the CUDA kernels, for mutations.py: one kind of kernel each, on a GPU or under the simulator."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mutation_suite import Mutation, Suite, build_program, is_green
+from test_cuda_suite import MODES, PTXSIM, cutlass_dir, has_gpu
+
+SM80 = "csrc/kernels/sm80/"
+SM90 = "csrc/kernels/sm90/"
+COMMON = "csrc/kernels/common/"
+
+MUTATIONS = [
+    Mutation(
+        "mask: one key too many", COMMON + "queries.h", "position - block.begin + 1)", "position - block.begin + 2)"
+    ),
+    Mutation(
+        "mask: none",
+        COMMON + "key_blocks.h",
+        "return block.count < block_n ||",
+        "return false && block.count < block_n ||",
+    ),
+    Mutation(
+        "segment switch: Q stays as it was",
+        SM80 + "prefill_kernel.h",
+        "if (segment != static_cast<int32_t>(blocks[0].segment)) {",
+        "if (segment == -1) {",
+    ),
+    Mutation(
+        "segment switch: Q of another segment",
+        SM80 + "decode_kernel.h",
+        "read_queries(tSrQ, block.segment);",
+        "read_queries(tSrQ, Segment::Intra);",
+    ),
+    Mutation(
+        "wait: prefill does not wait for its copies",
+        SM80 + "prefill_kernel.h",
+        "cp_async_wait<2 * (kStages - 1)>();",
+        "cp_async_wait<2 * kStages>();",
+        ("late", "random"),
+    ),
+    Mutation(
+        "wait: decode does not wait for its copies",
+        SM80 + "decode_kernel.h",
+        "cp_async_wait<kStages - 1>();",
+        "cp_async_wait<kStages>();",
+        ("late", "random"),
+    ),
+    Mutation(
+        "barrier: prefill's wait is not followed by one",
+        SM80 + "prefill_kernel.h",
+        "    cp_async_wait<2 * (kStages - 1)>();\n    __syncthreads();",
+        "    cp_async_wait<2 * (kStages - 1)>();",
+        ("race", "late"),
+    ),
+    Mutation(
+        "barrier: decode's warps publish into rings in use",
+        SM80 + "decode_kernel.h",
+        "    __syncthreads();  // all warps are done with their rings\n",
+        "",
+        ("race", "late"),
+    ),
+    Mutation(
+        "merge: parts weigh the same",
+        COMMON + "merge.cu",
+        "const float weight = expf(args.lses[part][lse_index] - largest);",
+        "const float weight = args.lses[part][lse_index] > -INFINITY ? 1.0f : 0.0f;",
+    ),
+    Mutation(
+        "merge: splits weigh the same",
+        COMMON + "combine.cu",
+        "weight[i] = exp2_approx((weight[i] - offset) * kLog2E);",
+        "weight[i] = weight[i] > -INFINITY ? 1.0f : 0.0f;",
+    ),
+    Mutation(
+        "merge: warps of a decode tile weigh the same",
+        SM80 + "decode_kernel.h",
+        "const float weight = exp2_approx(exchange_max(w, row) - largest);",
+        "const float weight = 1.0f;",
+    ),
+    Mutation(
+        "softmax: O keeps its scale when the maximum moves",
+        COMMON + "softmax.h",
+        "o(r, c) *= rescale.factor[r];",
+        "o(r, c) *= 1.0f;",
+    ),
+    Mutation(
+        "append: values go to the slot before",
+        COMMON + "rotate.cu",
+        "Cached* const value = row_of<Cached>(p.v_cache, batch, slot, head);",
+        "Cached* const value = row_of<Cached>(p.v_cache, batch, slot > 0 ? slot - 1 : slot, head);",
+    ),
+    Mutation(
+        "e4m3: Q keeps the order of its columns",
+        SM80 + "decode_kernel.h",
+        "std::conditional_t<Traits::kE4M3, EvenColumnsFirst, ColumnsInPlace>{}",
+        "ColumnsInPlace{}",
+        tests="*E4M3*",
+    ),
+    Mutation(
+        "e4m3: O keeps the order of its columns",
+        SM80 + "decode_kernel.h",
+        "{o(r, c), o(r, c + 2), o(r, c + 1), o(r, c + 3)}",
+        "{o(r, c), o(r, c + 1), o(r, c + 2), o(r, c + 3)}",
+        tests="*E4M3*",
+    ),
+    Mutation(
+        "e4m3: all heads have the scales of the first",
+        SM80 + "decode_kernel.h",
+        "scale.of(tile_.kv_head)",
+        "scale.of(0)",
+        tests="*E4M3*",
+    ),
+    Mutation(
+        "e4m3: NaN is read as 480",
+        COMMON + "e4m3.h",
+        "return with_nan(multiply(small, 0x7b807b80u));",
+        "return multiply(small, 0x7b807b80u);",
+        tests="*E4M3*",
+    ),
+    Mutation(
+        "e4m3: append truncates",
+        COMMON + "e4m3.h",
+        "+ 0x7ffffu + (bits >> 20 & 1u)) >> 20;",
+        ") >> 20;",
+        tests="*E4M3*",
+    ),
+    Mutation(
+        "Hopper mask: one key too many",
+        SM90 + "mainloop.h",
+        ".position - first_key + 1);",
+        ".position - first_key + 2);",
+    ),
+    Mutation(
+        "Hopper mask: keys in front of a block that begins inside a page",
+        SM90 + "mainloop.h",
+        "if (column < begin || column >= limit)",
+        "if (column >= limit)",
+    ),
+    Mutation(
+        "Hopper segment switch: Q stays as it was",
+        SM90 + "consumer.h",
+        "if (block.segment != before) rotate_queries(tile, block.segment);",
+        "if (false && block.segment != before) rotate_queries(tile, block.segment);",
+    ),
+    Mutation(
+        "Hopper wait: K is not waited for",
+        SM90 + "consumer.h",
+        "Barrier::wait(&shared_.k_full[at_.stage()], at_.phase()); }",
+        "}",
+        ("late", "random"),
+    ),
+    Mutation(
+        "Hopper wait: the producer does not wait for free places",
+        SM90 + "producer.h",
+        "    EmptyBarrier::wait(&empty[at.stage()], at.phase_before());",
+        "    if (false) EmptyBarrier::wait(&empty[at.stage()], 0);",
+        ("race", "random", "late"),
+    ),
+    Mutation(
+        "Hopper wait: the producer does not wait for the tile before the last",
+        SM90 + "producer.h",
+        "      EmptyBarrier::wait(&shared_.tile_empty[slot.stage()], slot.phase_before());\n      WorkTile",
+        "      WorkTile",
+        ("race", "random", "late"),
+    ),
+    Mutation(
+        "Hopper barrier: Q is rotated while other warps' products read it",
+        SM90 + "consumer.h",
+        "    wait_for_stores();\n    Barriers::warpgroup(warpgroup());\n",
+        "    wait_for_stores();\n",
+        ("race", "late", "random"),
+    ),
+    Mutation(
+        "Hopper fence: Q is not made visible to wgmma",
+        SM90 + "consumer.h",
+        "        made_anew(thread_) % 128, 128);\n    cutlass::arch::fence_view_async_shared();\n",
+        "        made_anew(thread_) % 128, 128);\n",
+        ("race",),
+    ),
+    Mutation(
+        "Hopper fence: O is not made visible to TMA",
+        SM90 + "consumer.h",
+        "first_row) const {\n    cutlass::arch::fence_view_async_shared();\n",
+        "first_row) const {\n",
+        ("race",),
+    ),
+    Mutation(
+        "Hopper wait: Q is rotated into the place of O before that is stored",
+        SM90 + "consumer.h",
+        "    if (thread_ % 128 == 0) tma_store_wait<0>();",
+        "",
+        ("late", "race", "random"),
+    ),
+    Mutation(
+        "Hopper: values of other sequences are not cleared",
+        SM90 + "consumer.h",
+        "if (first_key < 0 || first_key + kBlockN > kv_len) clear_foreign",
+        "if (false) clear_foreign",
+    ),
+    Mutation(
+        "Hopper tiles: a cut tile is stored whole",
+        SM90 + "consumer.h",
+        "prefill_.out_by_tma && tile.num_positions() >= first_row + 64",
+        "prefill_.out_by_tma",
+    ),
+]
+
+#: One kernel of each kind. A mutation may spill registers; that is not what it is here for.
+OPTIONS = [
+    *("-DDCA_CUDA=ON", "-DDCA_BUILD_TESTS=ON", "-DDCA_CUDA_STATIC_RUNTIME=OFF", "-DDCA_CUDA_ARCHITECTURES=80;90a"),
+    "-DDCA_CUDA_ALLOW_SPILLS=ON",
+    "-DDCA_CUDA_INSTANCES=prefill-bf16-64;decode-bf16-64;decode-bf16-64-e4m3;sm90-prefill-bf16-64",
+    f"-DCUTLASS_DIR={cutlass_dir()}",
+]
+
+
+def run_tests(build: Path, mutation: Mutation, mode: str) -> bool:
+    """Tests of Hopper's kernels for mutations of theirs; all others for the rest."""
+    hopper = mutation.file.startswith(SM90)
+    command = [str(build / "tests/cpp/cuda/dca_cuda_tests")]
+    environment = {**os.environ, **MODES[mode]}
+    if not has_gpu():
+        command.insert(0, str(PTXSIM / "run"))
+        environment["PTXSIM_BUILD"] = str(build / "ptxsim")
+    return is_green(command, "Sm90/*" if hopper else f"{mutation.tests}-Sm90/*", environment)
+
+
+SUITE = Suite(
+    mutations=MUTATIONS,
+    unchanged=[Mutation("", SM80, "", ""), Mutation("", SM90, "", "")],
+    modes=list(MODES),
+    build=lambda tree, build: build_program(tree, build, "dca_cuda_tests", OPTIONS),
+    run_tests=run_tests,
+)
