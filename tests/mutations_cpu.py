@@ -31,8 +31,8 @@ MUTATIONS = [
     Mutation(
         "mask: a NaN in an unseen value reaches rows of a decode task",
         CPU + "row_walk.h",
-        "common = std::min(common, seen(r));",
-        "common = std::max(common, seen(r));",
+        "if (run.offset + run.count <= seen_by_all) {",
+        "if (run.offset <= seen_by_all) {",
     ),
     Mutation(
         "segment: the successive one ends one chunk early",
@@ -102,10 +102,10 @@ MUTATIONS = [
         "(row_max[r] + std::log2(row_sum[r]))",
     ),
     Mutation(
-        "GQA: all heads of a decode task read the first KV head's keys",
-        CPU + "row_walk.h",
-        "const HeadRows keys = c_.keys.rows(run, head);",
-        "const HeadRows keys = c_.keys.rows(run, c_.task.kv_head_begin);",
+        "GQA: all heads of a decode task read the first KV head's rows",
+        CPU + "cache_rows.h",
+        "rows.head_stride = tensor.stride.head;",
+        "rows.head_stride = 0;",
     ),
     Mutation(
         "left padding: logical key 0 is slot 0",
@@ -162,6 +162,12 @@ MUTATIONS = [
         "if (false) return",
     ),
     Mutation(
+        "bf16: O keeps the order of its channels",
+        CPU + "row_walk.h",
+        "c_.mk.from_row_order(c_.state.row(row), c_.values.dtype, dim_);",
+        "",
+    ),
+    Mutation(
         "bf16: rounding truncates",
         CPU + "simd_elements.inc",
         "const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;",
@@ -196,8 +202,8 @@ MUTATIONS = [
     ),
     Mutation(
         "int8: a decode task leaves out the scales",
-        CPU + "row_walk.h",
-        "if (rows.scales == nullptr) return;",
+        CPU + "simd_rows.inc",
+        "if (rows.first.scales == nullptr) return;",
         "return;",
     ),
     Mutation(
