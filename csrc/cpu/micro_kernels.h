@@ -11,7 +11,7 @@
 namespace dca::cpu {
 
 inline constexpr int32_t kBlockKeys = 128;  ///< keys that a tile packs at a time; the row stride of its logits
-inline constexpr int32_t kRunKeys = 8;      ///< keys of a run: products over rows where they lie are made for as many
+inline constexpr int32_t kRunKeys = 8;      ///< rows at a distance of 4 KiB that the ways of a small L1 cache hold
 inline constexpr int32_t kPanelGap = 16;    ///< words between panels of values
 inline constexpr int32_t kTileRows = 6;     ///< rows of a product in registers: 6 x 2 sums, 2 operands, 1 broadcast
 
@@ -30,7 +30,7 @@ struct HeadRows {
   }
 };
 
-/// `count` neighbouring rows of `heads` neighbouring heads; at most kRunKeys is what the products are quickest with.
+/// `count` neighbouring rows of `heads` neighbouring heads. The products are quickest over kRunKeys of them.
 struct RunRows {
   HeadRows first;  ///< of the first head
   int64_t head_stride = 0;
@@ -119,7 +119,8 @@ struct MicroKernels {
   /// o (heads * m, dim) += p (heads * m, count; rows of kBlockKeys floats) * values, in the same way.
   void (*pv_rows)(const float* p, int32_t m, const RunRows& values, int32_t dim, float* o);
 
-  /// s (heads * m, count): columns times the scales of the rows of their head. Nothing where there are none.
+  /// s (heads * m, count): columns times the scales of the rows of their head, if there are any. Columns
+  /// that a row does not see may become NaN.
   void (*scale_columns)(float* s, int32_t m, const RunRows& rows);
 
   PackedProducts fp32;

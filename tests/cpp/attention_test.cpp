@@ -1,6 +1,7 @@
 // Whole-sequence attention in every layout against the reference, at the lengths where something changes.
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -153,6 +154,32 @@ TEST(AttentionShapes, LargeLogits) {
   AttentionParams p = problem.params();
   p.softmax_scale = 5.0f;  // logits beyond 100: exp overflows in fp32 without the running maximum
   EXPECT_TRUE(problem.matches_reference(p));
+}
+
+// Many query rows, which pack their keys, and few, which read them in place.
+TEST(AttentionShapes, NaNInAValueReachesExactlyTheRowsThatSeeIt) {
+  for (const DType dtype : {DType::Float32, DType::BFloat16}) {
+    for (const int32_t seqlen_q : {90, 6}) {
+      ProblemShape shape;
+      shape.dtype = dtype;
+      shape.chunk = {64, 96};
+      shape.kv_lens = {100};
+      shape.q_lens = {seqlen_q};
+      AttentionProblem problem(shape);
+      const AttentionParams p = problem.params();
+      const int64_t key = 97;
+      for (int32_t head = 0; head < shape.num_heads_kv; ++head) {
+        reference::write(const_cast<void*>(p.v.data), dtype, key * p.v.stride.row + head * p.v.stride.head,
+                         std::nan(""));
+      }
+      EXPECT_TRUE(problem.matches_reference(p)) << "seqlen_q " << seqlen_q;
+      const std::vector<double> out = problem.out();
+      const int64_t row_size = static_cast<int64_t>(shape.num_heads) * shape.head_dim;
+      const int64_t first_to_see_it = key - (100 - seqlen_q);
+      EXPECT_FALSE(std::isnan(out[static_cast<size_t>((first_to_see_it - 1) * row_size)]));
+      EXPECT_TRUE(std::isnan(out[static_cast<size_t>(first_to_see_it * row_size)]));
+    }
+  }
 }
 
 // --- Factors on the logits ---
