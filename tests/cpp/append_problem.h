@@ -31,6 +31,15 @@ struct AppendShape {
   int32_t page_size = 0;  // 0: not paged
 };
 
+/// An append of rows of `dtype` to a cache of another format.
+inline AppendShape append_into(DType cache_dtype, Scales scales, DType dtype) {
+  AppendShape shape;
+  shape.dtype = dtype;
+  shape.cache_dtype = cache_dtype;
+  shape.scales = scales;
+  return shape;
+}
+
 struct AppendProblem {
   AppendShape shape;
   std::vector<int32_t> cu_seqlens = {0};

@@ -53,13 +53,7 @@ TEST(E4M3, AppendRoundsOnceToNearestEvenAndSaturates) {
   problem.expect_rounds_to_nearest_even(0.3f, 7.0f);
 }
 
-AppendShape appended(DType dtype, Scales scales) {
-  AppendShape shape;
-  shape.dtype = dtype;
-  shape.cache_dtype = DType::Float8E4M3;
-  shape.scales = scales;
-  return shape;
-}
+AppendShape appended(DType dtype, Scales scales) { return append_into(DType::Float8E4M3, scales, dtype); }
 
 TEST(E4M3, AppendMatchesTheReference) {
   for (const DType dtype : kDTypes) {

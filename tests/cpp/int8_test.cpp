@@ -178,13 +178,7 @@ TEST(Int8, QuotientsEndAt127) {
   }
 }
 
-AppendShape appended(DType dtype) {
-  AppendShape shape;
-  shape.dtype = dtype;
-  shape.cache_dtype = DType::Int8;
-  shape.scales = Scales::PerRow;
-  return shape;
-}
+AppendShape appended(DType dtype) { return append_into(DType::Int8, Scales::PerRow, dtype); }
 
 TEST(Int8, AppendMatchesTheReference) {
   for (const DType dtype : kDTypes) expect_appends_match_reference(appended(dtype));

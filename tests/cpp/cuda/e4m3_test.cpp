@@ -153,13 +153,7 @@ DCA_TEST_SM80(CudaE4M3, 64, 80, 96, 128, 192, 256);
 
 constexpr DType kDTypes[] = {DType::Float32, DType::BFloat16, DType::Float16};
 
-AppendShape narrow(DType dtype, Scales scales) {
-  AppendShape shape;
-  shape.dtype = dtype;
-  shape.cache_dtype = DType::Float8E4M3;
-  shape.scales = scales;
-  return shape;
-}
+AppendShape appended(DType dtype, Scales scales) { return append_into(DType::Float8E4M3, scales, dtype); }
 
 void expect_appended(const AppendShape& shape) {
   AppendProblem(shape).expect_matches_reference();
@@ -169,7 +163,7 @@ void expect_appended(const AppendShape& shape) {
 TEST(CudaE4M3Append, MatchesTheReference) {
   for (const DType dtype : kDTypes) {
     for (const Scales scales : kAllScales) {
-      AppendShape shape = narrow(dtype, scales);
+      AppendShape shape = appended(dtype, scales);
       expect_appended(shape);
       shape.page_size = 16;
       shape.leftpads = {3, 13, 0};
@@ -184,7 +178,7 @@ TEST(CudaE4M3Append, MatchesTheReference) {
 TEST(CudaE4M3Append, PartialAndInterleavedRotation) {
   for (const bool interleaved : {false, true}) {
     for (const int32_t half : {0, 1, 16, 20, 24, 32, 40}) {
-      AppendShape shape = narrow(DType::BFloat16, Scales::PerHead);
+      AppendShape shape = appended(DType::BFloat16, Scales::PerHead);
       shape.head_dim = 80;
       shape.half_rotary_dim = half;
       shape.interleaved = interleaved;
@@ -195,7 +189,7 @@ TEST(CudaE4M3Append, PartialAndInterleavedRotation) {
 
 TEST(CudaE4M3Append, HeadDims) {
   for (const int32_t head_dim : {16, 64, 96, 128, 256}) {
-    AppendShape shape = narrow(DType::BFloat16, Scales::PerHead);
+    AppendShape shape = appended(DType::BFloat16, Scales::PerHead);
     shape.head_dim = head_dim;
     shape.half_rotary_dim = head_dim / 2;
     expect_appended(shape);
@@ -232,7 +226,7 @@ TEST(CudaE4M3Refusal, WhatIsNotWhole16Bytes) {
   AttentionProblem odd(shape);
   const std::string message = "head_dim must be a multiple of 16 for a Float8E4M3 cache on CUDA; got 72";
   expect_refused(odd.params(), odd, message);
-  AppendShape rows = narrow(DType::BFloat16, Scales::None);
+  AppendShape rows = appended(DType::BFloat16, Scales::None);
   rows.head_dim = 72;
   AppendProblem append(rows);
   expect_refused(append.p, append, message);
@@ -256,7 +250,7 @@ TEST(CudaInt8Refusal, TheFormatIsForTheCpu) {
   AttentionParams p = problem.params();
   p.cache_dtype = DType::Int8;
   expect_refused(p, problem, message);
-  AppendProblem append(narrow(DType::BFloat16, Scales::None));
+  AppendProblem append(appended(DType::BFloat16, Scales::None));
   append.p.cache_dtype = DType::Int8;
   expect_refused(append.p, append, message);
 }
