@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from attention_report import OURS, OURS_E4M3
 from composed_attention import Attend, Merge, composed_attention, merge_in_torch, per_head, rotated_queries
 from geometries import rotary_tables
 from torch import Tensor
@@ -49,7 +50,7 @@ class Case:
         kv = 2 * self.batch * self.seqlen * self.kv_heads * self.head_dim
         repeated = 2 * kv * (self.heads // self.kv_heads) if repeated_kv else 0
         if self.kind == "decode":
-            return 2 * kv + repeated
+            return 3 * kv + repeated  # in pages, and in 8 bits, too
         q = 2 * self.batch * self.seqlen * self.heads * self.head_dim
         chunk = 2 * self.batch * min(self.chunk_len, self.seqlen) * self.heads * self.head_dim
         # q, three rotated q, two results and a spare; K, rotated K, V; the float32 temporaries of the merge.
@@ -64,6 +65,7 @@ class Contender:
     call: Callable[[], Tensor]
     note: str = ""  # what it was given that others were not
     exact: Callable[[], Tensor] | None = None  # its own result in float64, where that is not the case's
+    work: float | None = None  # where that is not the case's
 
 
 @dataclass
@@ -111,7 +113,7 @@ def ours(x: Inputs) -> Contender:
     """The fused operator over rotated keys and unrotated queries."""
     lengths = x.case.seqlen if x.lengths is None else x.lengths
     return Contender(
-        "dca_ext",
+        OURS,
         lambda: dca_attention_with_kvcache(x.q, x.k, x.v, x.cos, x.sin, x.config, cache_seqlens=lengths),
     )
 
@@ -126,9 +128,29 @@ def ours_paged(x: Inputs, page_size: int) -> Contender:
         return function(x.q, *pages, x.cos, x.sin, x.config, cache_seqlens=x.lengths, page_table=table, **kwargs)
 
     return Contender(
-        "dca_ext paged",
+        f"{OURS} paged",
         lambda: attend(dca_attention_with_kvcache),
         exact=lambda: attend(reference.dca_attention_with_kvcache, out_dtype=torch.float64),
+    )
+
+
+def ours_e4m3(x: Inputs) -> Contender:
+    """A decode over K and V as float8_e4m3fn, half the bytes; numbers of this size need no scales."""
+    caches = [cache.to(torch.float8_e4m3fn) for cache in (x.k, x.v)]
+
+    def exact() -> Tensor:
+        rounded = (cache.to(x.q.dtype) for cache in caches)
+        out = reference.dca_attention_with_kvcache(
+            x.q, *rounded, x.cos, x.sin, x.config, cache_seqlens=x.lengths, out_dtype=torch.float64
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    return Contender(
+        OURS_E4M3,
+        lambda: dca_attention_with_kvcache(x.q, *caches, x.cos, x.sin, x.config, cache_seqlens=x.lengths),
+        exact=exact,
+        work=x.case.work / 2,
     )
 
 

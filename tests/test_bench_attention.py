@@ -144,6 +144,7 @@ def test_tables_hold_a_dash_where_nothing_was_measured() -> None:
         "-",
         "-",
         "-",
+        "-",
     ]
 
 
@@ -221,8 +222,9 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert rows["prefill", 100, "dca_ext"]["rotate_keys_ms"] == pytest.approx(1.0)
     assert rows["prefill", 100, "dca_ext"]["difference_to_composed"] < 1e-2
     assert rows["decode", 128, "dca_ext paged"]["percent_of_ceiling"] > 0
+    assert rows["decode", 128, "dca_ext"]["rate"] == 2 * rows["decode", 128, "dca_ext e4m3"]["rate"], "of equal times"
     said = capsys.readouterr().out
-    assert "dca_ext, dca_ext paged" in said, "compared with float64 first"
+    assert "dca_ext, dca_ext paged, dca_ext e4m3" in said, "compared with float64 first"
     assert "torch cudnn takes no part: " in said
     assert said.rstrip().endswith(attention_report.tables(results["rows"]).splitlines()[-1])
     assert {path.suffix for path in tmp_path.iterdir()} >= {".json", ".txt"}
@@ -261,5 +263,6 @@ def test_a_wrong_result_is_never_timed(
     assert run(monkeypatch, tmp_path, *SMALL) == 1
     results = json.loads((tmp_path / "attention.json").read_text())
     assert not [row for row in results["rows"] if row["contender"].startswith("dca_ext")]
+    assert any("dca_ext e4m3: off by" in failure for failure in results["failures"])
     assert any("dca_ext: off by 1.00e-01" in failure for failure in results["failures"])
     assert "WRONG: " in capsys.readouterr().out
