@@ -65,7 +65,7 @@ class Contender:
     call: Callable[[], Tensor]
     note: str = ""  # what it was given that others were not
     exact: Callable[[], Tensor] | None = None  # its own result in float64, where that is not the case's
-    work: float | None = None  # where that is not the case's
+    work: float | None = None  # FLOP or bytes, where not the case's
 
 
 @dataclass

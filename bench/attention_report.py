@@ -28,6 +28,7 @@ def _cases(rows: Sequence[Row], kind: str) -> dict[str, dict[str, Row]]:
 
 
 def _ratio(a: float | None, b: float | None) -> str:
+    """a / b, or a dash where one is missing."""
     return f"{a / b:.2f}" if a and b else "-"
 
 

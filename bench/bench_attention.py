@@ -197,10 +197,10 @@ def run_case(case: Case, run: Run) -> list[Row]:
     head_by_head = case.kind == "prefill" and case.seqlen <= args.per_head_up_to
     contenders = [c for c in everyone(x, rivals, args, head_by_head=head_by_head) if c.name not in wrong]
 
-    works = {c.name: case.work if c.work is None else c.work for c in contenders}
-    rows: dict[str, Row] = {
-        c.name: {**common, "contender": c.name, "note": c.note, "work": works[c.name]} for c in contenders
-    }
+    rows: dict[str, Row] = {c.name: {**common, "contender": c.name, "note": c.note} for c in contenders}
+    for contender in contenders:
+        if contender.work is not None:
+            rows[contender.name]["work"] = contender.work
     calls: dict[str, Any] = {}
     for contender in contenders:
         try:
@@ -216,7 +216,7 @@ def run_case(case: Case, run: Run) -> list[Row]:
     if calls:
         rounds = rounds_for(calls, run.flush, most=args.rounds, budget_s=args.case_seconds)
         for name, seconds in alternating_seconds(calls, rounds, run.flush).items():
-            rows[name] |= figures(works[name], seconds, run.ceilings[case.kind])
+            rows[name] |= figures(rows[name]["work"], seconds, run.ceilings[case.kind])
     if case.kind == "prefill" and OURS in calls:
         pass_over_k = {"rotate_keys": rotation_pass(x)}
         times = alternating_seconds(pass_over_k, 2 + args.rounds, run.flush)["rotate_keys"][2:]

@@ -148,6 +148,16 @@ def test_tables_hold_a_dash_where_nothing_was_measured() -> None:
     ]
 
 
+def test_a_cache_of_e4m3_is_rated_by_its_own_bytes_and_compared_by_time() -> None:
+    case = {"kind": "decode", "shape": "tiny", "head_dim": 8, "batch": 1, "seqlen": 4096, "chunk_len": 16}
+    rows = [
+        {**case, "contender": "dca_ext e4m3", "work": 2.0**20, "rate": 5e11, "median_ms": 1.5},
+        {**case, "contender": "dca_ext", "work": 2.0**21, "rate": 6e11, "median_ms": 2.7, "percent_of_ceiling": 60.0},
+    ]
+    line = attention_report.tables(rows).splitlines()[2].split()
+    assert line == ["tiny", "d8", "1", "x", "4k", "2", "500", "600", "60.0", "-", "1.80"]
+
+
 def test_refuses_in_one_sentence_without_a_device(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
