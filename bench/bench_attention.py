@@ -45,7 +45,7 @@ from attention_cases import (
     rotation_pass,
 )
 from attention_report import OURS, case_name, save_plot, tables
-from benchmark_results import ROOT, Row, commit, write_json
+from benchmark_results import ROOT, Row, command_line, commit, write_json
 from composed_attention import exact_attend
 from cuda_timing import (
     GIB,
@@ -259,7 +259,7 @@ class Run:
             "build": dca_ext.build_info(),
             "commit": commit(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": sys.argv,
+            "command": command_line(sys.argv),
             "copy_bytes_per_s": bandwidth,
             "copied_bytes": copied,
             "matmul_flop_per_s": self.ceilings["prefill"],

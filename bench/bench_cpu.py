@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_results import Row, commit, write_json
+from benchmark_results import Row, command_line, commit, write_json
 from cpu_cases import KINDS, SHAPES, Case
 from cpu_contenders import CONTENDERS
 from cpu_plot import NEEDS_MATPLOTLIB, can_plot, save_plot
@@ -146,7 +146,7 @@ class Results:
             **cpu_facts(),
             "commit": commit(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": sys.argv,
+            "command": command_line(sys.argv),
             "pairs": args.pairs,
             "budget_s": args.budget,
             "direction": DIRECTION,

@@ -42,6 +42,20 @@ def write_json(results: dict[str, Any], path: Path) -> None:
     temporary.replace(path)
 
 
+def command_line(arguments: Sequence[str]) -> list[str]:
+    """sys.argv as it may be published: of paths outside of the tree only the names."""
+
+    def published(word: str) -> str:
+        option, equals, value = word.rpartition("=")
+        path = Path(value)
+        if not path.is_absolute():
+            return word
+        inside = path.resolve().is_relative_to(ROOT)
+        return f"{option}{equals}{path.resolve().relative_to(ROOT) if inside else path.name}"
+
+    return [published(word) for word in arguments]
+
+
 def commit() -> str | None:
     """Of the tree that this file is in; a tree that was copied without its history says it by DCA_COMMIT."""
     if os.environ.get("DCA_COMMIT"):

@@ -78,7 +78,7 @@ def cpu_facts() -> dict[str, Any]:
         "features": [name for name in _FEATURES if capabilities.get(name)],
         "l2_bytes": capabilities.get("l2_cache_size"),
         "available_gib": round(available_bytes() / 2**30, 1),
-        "system": platform.platform(),
+        "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),

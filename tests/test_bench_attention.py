@@ -123,6 +123,13 @@ def test_table_columns_are_as_wide_as_their_widest_cell() -> None:
     assert text.splitlines() == ["what          n", "---------  ----", "long name     1", "x          1000"]
 
 
+def test_results_name_no_folders_of_the_machine(tmp_path: Path) -> None:
+    inside = benchmark_results.ROOT / "bench" / "bench_cpu.py"
+    said = [str(inside), "--json", str(tmp_path / "a.json"), f"--plot={tmp_path / 'a.png'}", "--pairs", "9"]
+    published = benchmark_results.command_line(said)
+    assert published == ["bench/bench_cpu.py", "--json", "a.json", "--plot=a.png", "--pairs", "9"]
+
+
 def test_tables_hold_a_dash_where_nothing_was_measured() -> None:
     case = {"kind": "prefill", "shape": "tiny", "head_dim": 8, "seqlen": 4096, "chunk_len": 16, "work": 1.0}
     rows = [
