@@ -240,6 +240,8 @@ decode --heads=64 --kv-heads=8 --seqlen=131072 --page-size=64
 decode --heads=64 --kv-heads=8 --seqlen=32768 --batch=32
 decode --heads=64 --kv-heads=8 --seqlen=131072 --cache-dtype=e4m3
 decode --heads=64 --kv-heads=8 --seqlen=32768 --batch=32 --cache-dtype=e4m3
+decode --heads=32 --kv-heads=8 --seqlen=32768 --queries=2048
+decode --heads=32 --kv-heads=8 --seqlen=32768 --queries=2048 --cache-dtype=e4m3
 append --kv-heads=8 --seqlen=131072
 merge --heads=32 --seqlen=32768
 prefill --heads=32 --kv-heads=8 --seqlen=1048576 --repeat=1 --warmup=0
@@ -258,19 +260,29 @@ step_dca_bench_sm80() {
 step_variants() {
   local failed=0 kernels shape
   rm -f "$out/variants.jsonl"
-  for shape in '--head-dim=128 --seqlen=16384' '--head-dim=128 --seqlen=65536 --repeat=5' '--head-dim=64 --seqlen=16384'; do
+  while read -r shape; do
     for kernels in sm90 sm90:unordered sm90:per_tile sm90:wide sm90:tall sm80; do
+      if [[ $kernels = sm90:* && $shape = decode* ]]; then continue; fi
       if [ "$kernels" = sm90:tall ] && [[ $shape != *=64\ * ]]; then continue; fi
       echo "$kernels $shape"
       # shellcheck disable=SC2086  # words
-      if DCA_CUDA_KERNELS=$kernels cuda_tests "$tree/bench/cpp/dca_bench" prefill --heads=32 --kv-heads=8 $shape \
-        --device=cuda --json "$out/variants.tmp"; then
+      if DCA_CUDA_KERNELS=$kernels cuda_tests "$tree/bench/cpp/dca_bench" $shape --device=cuda \
+        --json "$out/variants.tmp" </dev/null; then
         cat "$out/variants.tmp" >>"$out/variants.jsonl"
       else
         failed=1
       fi
     done
-  done
+  done <<'LINES'
+prefill --heads=32 --kv-heads=8 --head-dim=128 --seqlen=16384
+prefill --heads=32 --kv-heads=8 --head-dim=128 --seqlen=65536 --repeat=5
+prefill --heads=32 --kv-heads=8 --head-dim=64 --seqlen=16384
+decode --heads=64 --kv-heads=8 --seqlen=65536
+decode --heads=64 --kv-heads=8 --seqlen=131072
+decode --heads=64 --kv-heads=8 --seqlen=131072 --page-size=64
+decode --heads=64 --kv-heads=8 --seqlen=131072 --cache-dtype=e4m3
+decode --heads=32 --kv-heads=8 --head-dim=64 --seqlen=131072
+LINES
   rm -f "$out/variants.tmp"
   return "$failed"
 }

@@ -1,17 +1,12 @@
-# THE list of compiled attention kernels: kind-dtype-head_dim, sm90-kind-dtype-head_dim for Hopper's own, and
-# kind-dtype-head_dim-e4m3 for a cache of 8-bit floating point. Each becomes one .cu file of a few lines in the build tree;
+# THE list of compiled attention kernels: kind-dtype-head_dim, kind-dtype-head_dim-e4m3 for a cache of 8-bit floating
+# point, and with sm90- in front Hopper's own. Each becomes one .cu file of a few lines in the build tree;
 # DCA_CUDA_INSTANCES picks some, for quicker builds.
 set(DCA_ALL_CUDA_INSTANCES "")
 foreach(kind prefill decode)
   foreach(dtype bf16 fp16)
     foreach(head_dim 64 96 128 256)
-      list(APPEND DCA_ALL_CUDA_INSTANCES ${kind}-${dtype}-${head_dim})
+      list(APPEND DCA_ALL_CUDA_INSTANCES ${kind}-${dtype}-${head_dim} ${kind}-${dtype}-${head_dim}-e4m3)
     endforeach()
-  endforeach()
-endforeach()
-foreach(dtype bf16 fp16)
-  foreach(head_dim 64 96 128 256)
-    list(APPEND DCA_ALL_CUDA_INSTANCES decode-${dtype}-${head_dim}-e4m3)
   endforeach()
 endforeach()
 
@@ -20,7 +15,8 @@ option(DCA_CUDA_VARIANTS "Also compile the variants of Hopper's prefill kernel, 
 if("90" IN_LIST DCA_CUDA_ARCHITECTURES OR "90a" IN_LIST DCA_CUDA_ARCHITECTURES)
   foreach(dtype bf16 fp16)
     foreach(head_dim 64 96 128 256)
-      list(APPEND DCA_ALL_CUDA_INSTANCES sm90-prefill-${dtype}-${head_dim})
+      list(APPEND DCA_ALL_CUDA_INSTANCES sm90-prefill-${dtype}-${head_dim} sm90-decode-${dtype}-${head_dim}
+                                         sm90-decode-${dtype}-${head_dim}-e4m3)
     endforeach()
   endforeach()
   if(DCA_CUDA_VARIANTS)
@@ -76,7 +72,7 @@ foreach(instance IN LISTS _instances)
     if(_more STREQUAL "e4m3")
       set(DCA_INSTANCE_CACHE ", DType::Float8E4M3")
     else()
-      set(DCA_INSTANCE_VARIANT ", sm90::Variant::${_variant_${_more}}")
+      set(DCA_INSTANCE_VARIANT ", DType::Same, sm90::Variant::${_variant_${_more}}")
     endif()
   endif()
   set(_source "${CMAKE_CURRENT_BINARY_DIR}/instances/${DCA_INSTANCE_FUNCTION}.cu")

@@ -30,7 +30,7 @@ MUTATIONS = [
     ),
     Mutation(
         "segment switch: Q of another segment",
-        SM80 + "decode_kernel.h",
+        SM80 + "decode_tile.h",
         "read_queries(tSrQ, block.segment);",
         "read_queries(tSrQ, Segment::Intra);",
     ),
@@ -43,7 +43,7 @@ MUTATIONS = [
     ),
     Mutation(
         "wait: decode does not wait for its copies",
-        SM80 + "decode_kernel.h",
+        SM80 + "decode_ring.h",
         "cp_async_wait<kStages - 1>();",
         "cp_async_wait<kStages>();",
         ("late", "random"),
@@ -51,13 +51,13 @@ MUTATIONS = [
     Mutation(
         "barrier: prefill's wait is not followed by one",
         SM80 + "prefill_kernel.h",
-        "    cp_async_wait<2 * (kStages - 1)>();\n    __syncthreads();",
-        "    cp_async_wait<2 * (kStages - 1)>();",
+        "widened(values), thread_);\n    }\n    __syncthreads();",
+        "widened(values), thread_);\n    }",
         ("race", "late"),
     ),
     Mutation(
         "barrier: decode's warps publish into rings in use",
-        SM80 + "decode_kernel.h",
+        SM80 + "decode_tile.h",
         "    __syncthreads();  // all warps are done with their rings\n",
         "",
         ("race", "late"),
@@ -76,7 +76,7 @@ MUTATIONS = [
     ),
     Mutation(
         "merge: warps of a decode tile weigh the same",
-        SM80 + "decode_kernel.h",
+        SM80 + "decode_tile.h",
         "const float weight = exp2_approx(exchange_max(w, row) - largest);",
         "const float weight = 1.0f;",
     ),
@@ -94,23 +94,37 @@ MUTATIONS = [
     ),
     Mutation(
         "e4m3: Q keeps the order of its columns",
-        SM80 + "decode_kernel.h",
+        SM80 + "decode_tile.h",
         "std::conditional_t<Traits::kE4M3, EvenColumnsFirst, ColumnsInPlace>{}",
         "ColumnsInPlace{}",
         tests="*E4M3*",
     ),
     Mutation(
         "e4m3: O keeps the order of its columns",
-        SM80 + "decode_kernel.h",
+        SM80 + "decode_tile.h",
         "{o(r, c), o(r, c + 2), o(r, c + 1), o(r, c + 3)}",
         "{o(r, c), o(r, c + 1), o(r, c + 2), o(r, c + 3)}",
         tests="*E4M3*",
     ),
     Mutation(
         "e4m3: all heads have the scales of the first",
-        SM80 + "decode_kernel.h",
-        "scale.of(tile_.kv_head)",
+        COMMON + "e4m3.h",
+        "scale.of(kv_head)",
         "scale.of(0)",
+        tests="*E4M3*",
+    ),
+    Mutation(
+        "e4m3: prefill tiles widen numbers in another order",
+        SM80 + "e4m3_rows.h",
+        "__byte_perm(low.even, low.odd, 0x5410), __byte_perm(low.even, low.odd, 0x7632)",
+        "low.even, low.odd",
+        tests="*E4M3*",
+    ),
+    Mutation(
+        "e4m3: prefill tiles leave the scale of the values out",
+        SM80 + "prefill_kernel.h",
+        "factor(args_.p.v_scale)",
+        "1.0f",
         tests="*E4M3*",
     ),
     Mutation(
@@ -195,6 +209,32 @@ MUTATIONS = [
         ("late", "race", "random"),
     ),
     Mutation(
+        "Hopper decode: keys and values are not waited for",
+        SM90 + "decode_loads.h",
+        "    Barrier::wait(&full_[stage_], phase_);\n",
+        "",
+        ("late", "random"),
+    ),
+    Mutation(
+        "Hopper decode: a stage is loaded while lanes read it",
+        SM90 + "decode_loads.h",
+        "    __syncwarp();  // every lane is done with the stage that is loaded next\n",
+        "",
+        ("race",),
+    ),
+    Mutation(
+        "Hopper decode: the page of the block before",
+        SM90 + "decode_loads.h",
+        "    if (found_) source_ = KeySource",
+        "    if (found_ && ahead_stage_ != 1) source_ = KeySource",
+    ),
+    Mutation(
+        "Hopper decode: values of nobody are not cleared",
+        SM90 + "decode_loads.h",
+        "if (first < 0 || first + kRows > tile_.seqlen.kv_len) clear_foreign",
+        "if (false) clear_foreign",
+    ),
+    Mutation(
         "Hopper: values of other sequences are not cleared",
         SM90 + "consumer.h",
         "if (first_key < 0 || first_key + kBlockN > kv_len) clear_foreign",
@@ -212,7 +252,8 @@ MUTATIONS = [
 OPTIONS = [
     *("-DDCA_CUDA=ON", "-DDCA_BUILD_TESTS=ON", "-DDCA_CUDA_STATIC_RUNTIME=OFF", "-DDCA_CUDA_ARCHITECTURES=80;90a"),
     "-DDCA_CUDA_ALLOW_SPILLS=ON",
-    "-DDCA_CUDA_INSTANCES=prefill-bf16-64;decode-bf16-64;decode-bf16-64-e4m3;sm90-prefill-bf16-64",
+    "-DDCA_CUDA_INSTANCES=prefill-bf16-64;decode-bf16-64;prefill-bf16-64-e4m3;decode-bf16-64-e4m3;"
+    "sm90-prefill-bf16-64;sm90-decode-bf16-64",
     f"-DCUTLASS_DIR={cutlass_dir()}",
 ]
 

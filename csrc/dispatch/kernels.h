@@ -40,7 +40,7 @@ struct AttentionInstance {
   DType dtype;
   int32_t head_dim;     ///< smaller ones are padded in shared memory
   int32_t block_m;      ///< rows of a tile
-  int32_t ctas_per_sm;  ///< by its shared memory and registers, on a device with 164 KB per SM
+  int32_t ctas_per_sm;  ///< by its shared memory and registers, with 164 KB per SM, on Hopper 228
   bool persistent;      ///< its CTAs take tile after tile
   Status (*launch)(const AttentionParams& params, const AttentionPlan& plan);
   DType cache_dtype = DType::Same;  ///< of K and V

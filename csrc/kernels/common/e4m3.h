@@ -65,6 +65,16 @@ __device__ __forceinline__ EvenOdd read_e4m3(uint32_t four) {
   return {E4M3Reader<Element>::odd_bytes(four << 8), E4M3Reader<Element>::odd_bytes(four)};
 }
 
+/// What products with the elements of K, or with those of V, have to be multiplied by; nothing where they are Elements.
+template <class Element, class Cached>
+__device__ __forceinline__ float cache_factor(const CacheScale& scale, int32_t kv_head) {
+  if constexpr (std::is_same_v<Cached, cutlass::float_e4m3_t>) {
+    return E4M3Reader<Element>::kScale * scale.of(kv_head);
+  } else {
+    return 1.0f;
+  }
+}
+
 // --- Writing ---
 
 /// x as the nearest e4m3 number, ties to even; beyond 448 it is 448, and NaN stays NaN.

@@ -30,7 +30,7 @@ struct KeyRanges {
 
   /// Rows between the place where blocks are cut and `key`.
   DCA_HOST_DEVICE int32_t rows_in_front(int32_t key, int32_t block_n) const {
-    return phase < 0 ? 0 : (key + phase) % block_n;
+    return phase < 0 ? 0 : static_cast<int32_t>(static_cast<uint32_t>(key + phase) % static_cast<uint32_t>(block_n));
   }
 
   /// True if some row must not see some key of a block of `block_n`, or if there are fewer keys than that.

@@ -12,10 +12,9 @@ namespace dca::cuda::sm80 {
 
 template <TileKind kKind, DType kDType, int kHeadDim, DType kCacheDType = DType::Same>
 struct Instance {
-  static_assert(kCacheDType == DType::Same || kKind == TileKind::Decode);
   using Element = typename ElementOf<kDType>::type;
   using Cached = typename ElementOf<kCacheDType == DType::Same ? kDType : kCacheDType>::type;
-  using Traits = std::conditional_t<kKind == TileKind::Prefill, PrefillTraits<Element, kHeadDim>,
+  using Traits = std::conditional_t<kKind == TileKind::Prefill, PrefillTraits<Element, kHeadDim, Cached>,
                                     DecodeTraits<Element, kHeadDim, Cached>>;
 
   template <bool kPaged>

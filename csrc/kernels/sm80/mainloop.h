@@ -14,6 +14,34 @@ namespace dca::cuda::sm80 {
 
 // --- Global to shared memory ---
 
+/// Which 16-byte units of rows in shared memory of `SmemLayout` (kRows, kHeadDim) are a thread's, out of kThreads. They
+/// are whole atoms apart, so their addresses differ by constants.
+template <class SmemLayout, int kThreads>
+struct ThreadUnits {
+  static constexpr int kRows = size<0>(SmemLayout{});
+  static constexpr int kHeadDim = size<1>(SmemLayout{});
+  static constexpr int kColumns = SmemRows<kHeadDim>::kColumns;
+  static constexpr int kUnits = kColumns / 8;
+  static constexpr int kRowsAtOnce = kThreads / kUnits;
+  static constexpr int kPasses = ceil_div(kRows, kRowsAtOnce);
+  static_assert(kRows % kRowsAtOnce == 0 || kRowsAtOnce > kRows);
+  static_assert(kRowsAtOnce % 8 == 0 || kRows % 8 == 0);
+
+  /// row_function(row) -> a function of a column, called for each row of the thread and each column of its units.
+  template <class RowFunction>
+  __device__ __forceinline__ static void for_each(int32_t thread, RowFunction&& row_function) {
+    const int32_t unit = thread % kUnits * 8;
+    CUTE_UNROLL
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int32_t row = pass * kRowsAtOnce + thread / kUnits;
+      if (kRowsAtOnce > kRows && row >= kRows) break;
+      const auto column_function = row_function(row);
+      CUTE_UNROLL
+      for (int first = 0; first < kHeadDim; first += kColumns) column_function(first + unit);
+    }
+  }
+};
+
 /// Copies the keys of a block, or their values, into shared memory of `SmemLayout` (kRows, kHeadDim), by kThreads
 /// threads, 16 bytes at a time. Elements of the cache that are narrower than those of shared memory lie there as they
 /// are: kHeadDim and head_dim count the latter. Rows behind the block and columns behind head_dim become 0: what lies
@@ -21,33 +49,18 @@ namespace dca::cuda::sm80 {
 template <class SmemLayout, int kThreads, class Cached, bool kPaged, class Element>
 __device__ __forceinline__ void load_rows(const CacheRows<Cached, kPaged>& source, const KeyBlock& block,
                                           int32_t first_key, int32_t head_dim, Element* smem, int32_t thread) {
-  constexpr int kRows = size<0>(SmemLayout{});
-  constexpr int kHeadDim = size<1>(SmemLayout{});
-  constexpr int kColumns = SmemRows<kHeadDim>::kColumns;
-  constexpr int kUnits = kColumns / 8;
-  constexpr int kRowsAtOnce = kThreads / kUnits;
-  static_assert(kRows % kRowsAtOnce == 0 || kRowsAtOnce > kRows);
-  // A thread's rows and columns are whole atoms apart, so its addresses differ by constants.
-  static_assert(kRowsAtOnce % 8 == 0 || kRows % 8 == 0);
-  const auto layout = SmemLayout{};
-  const int32_t unit = thread % kUnits * 8;
-  CUTE_UNROLL
-  for (int pass = 0; pass < ceil_div(kRows, kRowsAtOnce); ++pass) {
-    const int32_t row = pass * kRowsAtOnce + thread / kUnits;
-    if (kRowsAtOnce > kRows && row >= kRows) break;
+  ThreadUnits<SmemLayout, kThreads>::for_each(thread, [&](int32_t row) {
     const int32_t in_block = first_key + row;
     const Cached* row_of_cache = in_block < block.count ? source.row(block.begin + in_block) : nullptr;
     const auto* data = reinterpret_cast<const Element*>(row_of_cache);
-    CUTE_UNROLL
-    for (int first = 0; first < kHeadDim; first += kColumns) {
-      const int32_t column = first + unit;
+    return [&, row, data](int32_t column) {
       const bool present = data != nullptr && column < head_dim;
       const void* from_or_any = present ? static_cast<const void*>(data + column) : source.any();
       const auto* from = static_cast<const uint128_t*>(from_or_any);
-      SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint128_t>::copy(*from, *reinterpret_cast<uint128_t*>(smem + layout(row, column)),
-                                                       present);
-    }
-  }
+      auto& to = *reinterpret_cast<uint128_t*>(smem + SmemLayout{}(row, column));
+      SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint128_t>::copy(*from, to, present);
+    };
+  });
 }
 
 // --- Products ---

@@ -7,8 +7,12 @@
 // Shared memory: Q (kBlockM, kHeadDim) | K ring (kStages, kBlockN, kHeadDim) | V ring (the same). The K of block i +
 // kStages is requested as soon as Q K^T of block i is done, the V of block i + kStages - 1 as soon as P V of block i -
 // 1 is, so that softmax and products hide the loads. O leaves through Q's place.
+//
+// Of a cache of e4m3 the rings hold what the cache holds, and behind them lie one block of K and one of V as the
+// products want them: (kBlockN, kHeadDim) each. A thread widens what it has copied itself, once its copies have come.
 #pragma once
 
+#include "e4m3_rows.h"
 #include "mainloop.h"
 #include "output_rows.h"
 
@@ -17,6 +21,7 @@ namespace dca::cuda::sm80 {
 template <class Traits, bool kPaged>
 class PrefillTile {
   using Element = typename Traits::Element;
+  using Cached = typename Traits::Cached;
   using Mma = typename Traits::Mma;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kBlockM = Traits::kBlockM;
@@ -33,7 +38,7 @@ class PrefillTile {
         smem_k_(smem + kBlockM * kHeadDim),
         smem_v_(smem_k_ + kStages * Traits::kStageElements),
         thread_(static_cast<int32_t>(threadIdx.x)),
-        scale_(LogitScale::of(tile.scale)) {}
+        scale_(LogitScale::of(tile.scale * factor(args.p.k_scale))) {}
 
   __device__ void run() {
     KeyBlockIterator<> walk(tile_.ranges, kBlockN);
@@ -59,7 +64,7 @@ class PrefillTile {
         rotate_queries(blocks[0].segment);
       }
       auto acc_s = partition_fragment_C(Mma{}, Shape<Int<kBlockM>, Int<kBlockN>>{});
-      wait_for_oldest();  // K of this block; and all warps are done with V of the last one
+      wait_for_oldest(smem_k_, 0, stage);  // K of this block; and all warps are done with V of the last one
       load_values(blocks[kStages - 1], previous(stage));
       multiply_qk<Mma>(acc_s, smem_q(), smem_k(stage), thread_);
       auto s = make_tensor(acc_s.data(), as_rows_and_columns(acc_s.layout()));
@@ -68,7 +73,7 @@ class PrefillTile {
       CUTE_UNROLL
       for (int i = 0; i + 1 < kStages; ++i) blocks[i] = blocks[i + 1];
       blocks[kStages - 1] = walk.next();
-      wait_for_oldest();  // V of this block; and all warps are done with its K
+      wait_for_oldest(smem_v_, 1, stage);  // V of this block; and all warps are done with its K
       load_keys(blocks[kStages - 1], stage);
       softmax.apply(softmax.advance(s, scale_.magnitude_log2), o);
       multiply_pv<Mma>(acc_o, acc_s, smem_vt(stage), thread_);
@@ -83,12 +88,20 @@ class PrefillTile {
   __device__ static int32_t previous(int32_t stage) { return stage == 0 ? kStages - 1 : stage - 1; }
 
   __device__ auto smem_q() const { return make_tensor(make_smem_ptr(smem_q_), typename Traits::SmemQ{}); }
+  // What the products read: a stage of a ring, or its numbers widened, those of K and those of V.
   __device__ auto smem_k(int32_t stage) const {
-    return make_tensor(make_smem_ptr(smem_k_ + stage * Traits::kStageElements), typename Traits::SmemKv{});
+    return make_tensor(make_smem_ptr(Traits::kE4M3 ? widened(0) : smem_k_ + stage * Traits::kStageElements),
+                       typename Traits::SmemKv{});
   }
   __device__ auto smem_vt(int32_t stage) const {
-    return make_tensor(make_smem_ptr(smem_v_ + stage * Traits::kStageElements), typename Traits::SmemVt{});
+    return make_tensor(make_smem_ptr(Traits::kE4M3 ? widened(1) : smem_v_ + stage * Traits::kStageElements),
+                       typename Traits::SmemVt{});
   }
+  __device__ Element* widened(int32_t values) const {
+    return smem_v_ + kStages * Traits::kStageElements + values * Traits::kWidenedElements;
+  }
+
+  __device__ float factor(const CacheScale& scale) const { return cache_factor<Element, Cached>(scale, tile_.kv_head); }
 
   // (rows, columns) of this thread's logits -> (row, column) of the tile.
   __device__ auto logit_coordinates() const {
@@ -99,24 +112,30 @@ class PrefillTile {
 
   // Without a block a group is committed all the same, so that the number of groups in flight stays what it is.
   __device__ __forceinline__ void load_keys(const KeyBlock& block, int32_t stage) {
-    const CacheRows<Element, kPaged> keys(args_, args_.p.k, tile_, tile_.k);
+    const CacheRows<Cached, kPaged> keys(args_, args_.p.k, tile_, tile_.k);
     if (block.count > 0) load(keys, block, smem_k_ + stage * Traits::kStageElements);
     cp_async_fence();
   }
 
   __device__ __forceinline__ void load_values(const KeyBlock& block, int32_t stage) {
-    const CacheRows<Element, kPaged> values(args_, args_.p.v, tile_, tile_.v);
+    const CacheRows<Cached, kPaged> values(args_, args_.p.v, tile_, tile_.v);
     if (block.count > 0) load(values, block, smem_v_ + stage * Traits::kStageElements);
     cp_async_fence();
   }
 
   template <class Source>
   __device__ __forceinline__ void load(const Source& source, const KeyBlock& block, Element* stage) {
-    load_rows<typename Traits::SmemKv, Traits::kThreads>(source, block, 0, args_.p.head_dim, stage, thread_);
+    load_rows<typename Traits::SmemRing, Traits::kThreads>(source, block, 0, args_.p.head_dim / Traits::kPacked, stage,
+                                                           thread_);
   }
 
-  __device__ static __forceinline__ void wait_for_oldest() {
+  // The place that is widened into was read before the barrier that this one follows.
+  __device__ __forceinline__ void wait_for_oldest(const Element* ring, int32_t values, int32_t stage) const {
     cp_async_wait<2 * (kStages - 1)>();
+    if constexpr (Traits::kE4M3) {
+      widen_rows<typename Traits::SmemRing, typename Traits::SmemKv, Traits::kThreads>(
+          ring + stage * Traits::kStageElements, widened(values), thread_);
+    }
     __syncthreads();
   }
 
@@ -139,7 +158,7 @@ class PrefillTile {
     const auto all = make_identity_tensor(Shape<Int<kBlockM>, Int<kHeadDim>>{});
     const auto mine = Mma{}.get_slice(thread_).partition_C(all);
     const auto coordinates = make_tensor(mine.data(), as_rows_and_columns(mine.layout()));
-    finish_rows(rows, softmax, o, coordinates, scale_.magnitude_log2, thread_ % 4 == 0);
+    finish_rows(rows, softmax, o, coordinates, scale_.magnitude_log2, thread_ % 4 == 0, factor(args_.p.v_scale));
     if (args_.plan.num_splits == 1) store_rounded(acc_o, rows);
   }
 

@@ -39,9 +39,15 @@ struct SmemRows {
 /// Prefill: 4 warps. Each holds 16 or 32 rows of the logits and of O, and reads all of K and V, so that 32 rows halve
 /// the traffic from shared memory, which would else take as long as the products; registers allow them up to head_dim
 /// 128.
-template <class Element_, int kHeadDim_>
+///
+/// Keys and values of a cache of e4m3 come into rings half the size, two numbers in the place of an element, and are
+/// widened into one more block of each, once for all warps.
+template <class Element_, int kHeadDim_, class Cached_ = Element_>
 struct PrefillTraits {
   using Element = Element_;
+  using Cached = Cached_;
+  static constexpr bool kE4M3 = std::is_same_v<Cached, cutlass::float_e4m3_t>;
+  static constexpr int kPacked = kE4M3 ? 2 : 1;  // numbers of the cache in the place of an element of a ring
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
@@ -54,12 +60,17 @@ struct PrefillTraits {
   using SmemQ = typename Rows::template Layout_<kBlockM>;
   using SmemKv = typename Rows::template Layout_<kBlockN>;
   using SmemVt = typename Rows::template Transposed<kBlockN>;
-  static constexpr int kStageElements = kBlockN * kHeadDim;
-  static constexpr int kSharedBytes = (kBlockM * kHeadDim + 2 * kStages * kStageElements) * 2;
+  using SmemRing = typename SmemRows<kHeadDim / kPacked>::template Layout_<kBlockN>;
+  static constexpr int kBlockElements = kBlockN * kHeadDim;
+  static constexpr int kStageElements = kBlockElements / kPacked;
+  static constexpr int kWidenedElements = kE4M3 ? kBlockElements : 0;
+  static constexpr int kSharedBytes = (kBlockM * kHeadDim + 2 * (kStages * kStageElements + kWidenedElements)) * 2;
   static_assert(kSharedBytes + 1024 <= kMaxSharedBytes);  // the tile lies there too
 
   using Mma = TiledMMA<MmaAtom<Element>, Layout<Shape<Int<kWarps>, _1, _1>>, Tile<Int<16 * kWarps>, _16, _16>>;
 };
+
+constexpr int decode_stages(int head_dim) { return head_dim <= 64 ? 4 : head_dim <= 96 ? 3 : 2; }
 
 /// Decode: 16 rows, every warp with keys of its own and a ring of kStages blocks of 16 of them, so that no barrier
 /// stands between a load and its use. 64 KB or more are on their way or in use per CTA, some 128 KB per SM: several
@@ -67,7 +78,9 @@ struct PrefillTraits {
 ///
 /// Rows of a cache of e4m3 lie in shared memory as they are, two numbers in the place of an element, and become
 /// elements on their way to the products (e4m3_products.h).
-template <class Element_, int kHeadDim_, class Cached_ = Element_>
+///
+/// kUnpackedStages: of a ring whose rows are of elements; twice as many of e4m3 fit.
+template <class Element_, int kHeadDim_, class Cached_ = Element_, int kUnpackedStages = decode_stages(kHeadDim_)>
 struct DecodeTraits {
   using Element = Element_;
   using Cached = Cached_;
@@ -79,7 +92,7 @@ struct DecodeTraits {
   static constexpr int kBlockM = 16;
   static constexpr int kWarpKeys = 16;
   static constexpr int kBlockN = kWarpKeys * kWarps;
-  static constexpr int kStages = kPacked * (kHeadDim <= 64 ? 4 : kHeadDim <= 96 ? 3 : 2);
+  static constexpr int kStages = kPacked * kUnpackedStages;
   static constexpr bool kQueriesInRegisters = kHeadDim <= 128;  // beside O there is no room for more
   static constexpr int kMinCtas = 2;
 
@@ -95,7 +108,6 @@ struct DecodeTraits {
   static constexpr int kExchangeRow = kHeadDim + (kE4M3 ? 16 : 8);
   static constexpr int kExchangeBytes = kWarps * kBlockM * (kExchangeRow + 2) * 4;  // in the place of the ring
   static constexpr int kSharedBytes = kQueryBytes + (kRingBytes > kExchangeBytes ? kRingBytes : kExchangeBytes);
-  static_assert(kSharedBytes + 1024 <= kMaxSharedBytes);  // the tile lies there too
 
   using Mma = TiledMMA<MmaAtom<Element>, Layout<Shape<_1, _1, _1>>, Tile<_16, _16, _16>>;
 };

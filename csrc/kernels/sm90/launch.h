@@ -1,39 +1,42 @@
-// Launch of one compiled sm90 kernel.
+// Launches of compiled sm90 kernels.
 #pragma once
 
 #include <atomic>
 #include <numeric>
 
+#include "decode_kernel.h"
 #include "launch_check.h"
 #include "prefill_kernel.h"
 #include "tensor_map.h"
 
 namespace dca::cuda::sm90 {
 
-template <TileKind kKind, DType kDType, int kHeadDim, Variant kVariant = Variant::Default>
-struct Instance {
-  static_assert(kKind == TileKind::Prefill);
-  using Traits = PrefillTraits<typename ElementOf<kDType>::type, kHeadDim, kVariant>;
+/// K or V of the call in boxes.
+inline Status encode_cache(const char* name, const AttentionParams& p, const ConstTensorRef& cache, const Box& box,
+                           CUtensorMap* map) {
+  const bool paged = p.pages.page_table != nullptr;
+  const bool ragged = p.cu_seqlens_k != nullptr;
+  const TensorExtents extents{paged    ? p.pages.page_size
+                              : ragged ? p.total_k
+                                       : p.seqlen_k,
+                              p.num_heads_kv,
+                              paged    ? p.pages.num_pages
+                              : ragged ? 1
+                                       : p.batch};
+  return encode_tensor_map(name, cache.data, cache.stride, dtype_of_cache(p), p.head_dim, extents, box, map);
+}
 
-  static Status encode_cache(const char* name, const AttentionParams& p, const ConstTensorRef& cache, int32_t box_rows,
-                             CUtensorMap* map) {
-    const bool paged = p.pages.page_table != nullptr;
-    const bool ragged = p.cu_seqlens_k != nullptr;
-    const TensorExtents extents{paged    ? p.pages.page_size
-                                : ragged ? p.total_k
-                                         : p.seqlen_k,
-                                p.num_heads_kv,
-                                paged    ? p.pages.num_pages
-                                : ragged ? 1
-                                         : p.batch};
-    return encode_tensor_map(name, cache.data, cache.stride, p.dtype, p.head_dim, extents,
-                             {Traits::kBoxColumns, box_rows}, map);
-  }
+template <TileKind kKind, DType kDType, int kHeadDim, DType kCacheDType = DType::Same,
+          Variant kVariant = Variant::Default>
+struct Instance {
+  static_assert(kKind == TileKind::Prefill && kCacheDType == DType::Same);
+  using Traits = PrefillTraits<typename ElementOf<kDType>::type, kHeadDim, kVariant>;
 
   static Status encode(const AttentionParams& p, PrefillArgs* args) {
     args->rows_per_box = p.pages.page_table != nullptr ? std::gcd(p.pages.page_size, Traits::kBlockN) : Traits::kBlockN;
-    if (Status status = encode_cache("k", p, p.k, args->rows_per_box, &args->k); !status.ok()) return status;
-    if (Status status = encode_cache("v", p, p.v, args->rows_per_box, &args->v); !status.ok()) return status;
+    const Box box{Traits::kBoxColumns, args->rows_per_box};
+    if (Status status = encode_cache("k", p, p.k, box, &args->k); !status.ok()) return status;
+    if (Status status = encode_cache("v", p, p.v, box, &args->v); !status.ok()) return status;
     // Rows of several heads are not rows of the tensor, and partial results are not out.
     args->out_by_tma = args->attention.plan.heads_per_tile == 1 && args->attention.plan.num_splits == 1 &&
                        args->attention.plan.out_fits_tma;
@@ -59,6 +62,30 @@ struct Instance {
 
   static constexpr AttentionInstance description() {
     return {"sm90", name_of(kVariant), kKind, kDType, kHeadDim, Traits::kBlockM, 1, Traits::kPersistent, &launch};
+  }
+};
+
+template <DType kDType, int kHeadDim, DType kCacheDType>
+struct Instance<TileKind::Decode, kDType, kHeadDim, kCacheDType> {
+  using Traits = DecodeTraits<typename ElementOf<kDType>::type, kHeadDim,
+                              typename ElementOf<kCacheDType == DType::Same ? kDType : kCacheDType>::type>;
+
+  static Status launch(const AttentionParams& params, const AttentionPlan& plan) {
+    DecodeArgs args{AttentionArgs(params, plan), {}, {}};
+    const Box box{Traits::kBoxColumns * Traits::kPacked, Traits::kWarpKeys};
+    if (Status status = encode_cache("k", params, params.k, box, &args.k); !status.ok()) return status;
+    if (Status status = encode_cache("v", params, params.v, box, &args.v); !status.ok()) return status;
+    static std::atomic<uint64_t> prepared{0};
+    if (Status status = allow_shared_memory(decode_kernel<Traits>, Traits::kSharedBytes, prepared); !status.ok()) {
+      return status;
+    }
+    return launch_kernel("attention", decode_kernel<Traits>, plan.num_ctas, Traits::kThreads, Traits::kSharedBytes,
+                         params.exec.stream, args);
+  }
+
+  static constexpr AttentionInstance description() {
+    return {"sm90",           "",    TileKind::Decode, kDType,     kHeadDim, Traits::kBlockM,
+            Traits::kMinCtas, false, &launch,          kCacheDType};
   }
 };
 

@@ -3,6 +3,7 @@
 
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "key_source.h"
 #include "mainloop.h"
 
 namespace dca::cuda::sm90 {
@@ -72,39 +73,15 @@ class Producer {
   __device__ void load_keys(const WorkTile& tile, Position& at) {
     KeyBlockIterator<true> walk(tile.ranges, Traits::kBlockN);
     for (KeyBlock block = walk.next(); block.count > 0; block = walk.next(), at.advance()) {
-      const Source source = source_of(tile, first_key_of(tile, block, Traits::kBlockN));
+      const int32_t first_key = first_key_of(tile, block, Traits::kBlockN) + lane_ * args_.rows_per_box;
+      const KeySource source = KeySource::of(args_.attention, tile, first_key, args_.rows_per_box);
       load(args_.k, source, tile.kv_head, at, shared_.k, shared_.k_full, shared_.k_empty);
       load(args_.v, source, tile.kv_head, at, shared_.v, shared_.v_full, shared_.v_empty);
     }
   }
 
-  // Where this lane's rows of a block lie: row and sequence or page.
-  struct Source {
-    int32_t row;
-    int32_t batch;
-  };
-
-  __device__ Source source_of(const WorkTile& tile, int32_t first_key) const {
-    const AttentionParams& p = args_.attention.p;
-    const int32_t key = first_key + lane_ * args_.rows_per_box;
-    const int32_t slot = key + tile.seqlen.leftpad;
-    if (p.pages.page_table == nullptr) {
-      return {slot + static_cast<int32_t>(tile.seqlen.k_row), p.cu_seqlens_k != nullptr ? 0 : tile.b};
-    }
-    // TMA makes rows 0 that lie outside of the tensor: those of no page, and those of a page that the cache has not,
-    // whatever the page table holds. Entries behind the sequence are not read.
-    Source source{0, -1};
-    if (key + args_.rows_per_box > 0 && key < tile.seqlen.kv_len && lane_ < kMaxBoxes) {
-      int32_t page;
-      args_.attention.page_size(page, source.row, slot);
-      const int32_t id = p.pages.page_table[tile.b * p.pages.stride_batch + page];
-      if (id >= 0 && id < p.pages.num_pages) source.batch = id;
-    }
-    return source;
-  }
-
   // Lane i brings the i-th box of rows, column by column of atoms.
-  __device__ __forceinline__ void load(const CUtensorMap& map, const Source& source, int32_t kv_head,
+  __device__ __forceinline__ void load(const CUtensorMap& map, const KeySource& source, int32_t kv_head,
                                        const Position& at, typename Traits::Element* ring, uint64_t* full,
                                        uint64_t* empty) const {
     EmptyBarrier::wait(&empty[at.stage()], at.phase_before());
@@ -121,8 +98,7 @@ class Producer {
     }
   }
 
-  static constexpr int kMaxBoxes = Traits::kBlockN / 16;  // pages are multiples of 16 slots
-  static_assert(kMaxBoxes <= 32);
+  static_assert(Traits::kBlockN / 16 <= 32);  // boxes: pages are multiples of 16 slots
 
   const PrefillArgs& args_;
   Shared& shared_;

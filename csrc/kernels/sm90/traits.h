@@ -1,17 +1,18 @@
-// Tile shapes, shared memory and wgmma operations of the sm90 prefill kernel.
+// Tile shapes, shared memory and wgmma operations of the sm90 kernels.
 #pragma once
 
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <cute/tensor.hpp>
 
 #include "numeric.h"
+#include "sm80/traits.h"
 #include "tile_scheduler.h"
 
 namespace dca::cuda::sm90 {
 
 using namespace cute;  // NOLINT: the vocabulary of every line below
 
-/// What an SM of compute capability 9.0 gives to one CTA.
+/// What an SM of compute capability 9.0 gives to one CTA, of 228 KB.
 inline constexpr int kMaxSharedBytes = 227 * 1024;
 
 /// Ways to run that only a GPU can choose between. Calls get Default; the others are compiled on request, to be timed.
@@ -94,6 +95,20 @@ struct PrefillTraits {
     TileSlot tiles[kTileSlots];
   };
   static_assert(sizeof(Shared) + 1024 <= kMaxSharedBytes);
+};
+
+constexpr int decode_stages(int head_dim) { return head_dim <= 64 ? 6 : head_dim <= 96 ? 4 : head_dim <= 128 ? 3 : 2; }
+
+/// Decode: the tile of sm80, its rings as deep as two CTAs per SM have room for. A box of TMA is the 16 rows of one
+/// column of atoms in a ring's layout, whose permutation of 16-byte units is the one that TMA has for rows of that
+/// width.
+template <class Element, int kHeadDim, class Cached = Element>
+struct DecodeTraits : sm80::DecodeTraits<Element, kHeadDim, Cached, decode_stages(kHeadDim)> {
+  using Base = sm80::DecodeTraits<Element, kHeadDim, Cached, decode_stages(kHeadDim)>;
+  static constexpr int kBoxColumns = Base::KvRows::kColumns;                 // of 16 bits
+  static constexpr int kBoxes = kHeadDim / Base::kPacked / kBoxColumns;      // of 16 keys
+  static constexpr uint32_t kStageBytes = 2 * Base::kStageElements * 2;      // keys and values
+  static_assert(2 * (Base::kSharedBytes + 2048) <= kMaxSharedBytes + 1024);  // the tile and the barriers lie there too
 };
 
 }  // namespace dca::cuda::sm90

@@ -67,6 +67,7 @@ TEST_P(CudaDecode, LongCache) {
 }
 
 DCA_TEST_SM80(CudaDecode, 64, 80, 96, 128, 192, 256);
+DCA_TEST_SM90(CudaDecode, 64, 80, 96, 128, 192, 256);
 
 // --- What device memory holds must not lead out of the buffers ---
 

@@ -1,4 +1,4 @@
-// Caches of 8-bit floating point on CUDA: decode tiles for any number of query rows, append, refusals.
+// Caches of 8-bit floating point on CUDA: attention by both kinds of tiles, append, refusals.
 #include <cstdlib>
 #include <string>
 
@@ -51,11 +51,22 @@ TEST_P(CudaE4M3, LeftPadding) {
   expect_matches_reference(s, {1, 4});
 }
 
-// There are no prefill tiles for such a cache: decode tiles take any number of rows.
+// By prefill tiles, or by decode tiles where there are none for such a cache: those take any number of rows.
 TEST_P(CudaE4M3, ManyTokensAcrossChunkBorders) {
   for (const int32_t seqlen_q : {5, 20, 53}) {  // longer than some sequences: rows without a position
     for (const int32_t group : {1, 4}) expect_matches_reference(cached(group, seqlen_q), {1, 4});
   }
+}
+
+TEST_P(CudaE4M3, TilesOfManyRows) {
+  ProblemShape s = cached(2, 150);
+  s.chunk = {140, 210};
+  s.kv_lens = {391, 150, 64};
+  s.q_lens = {150, 150, 150};
+  expect_matches_reference(s, {1, 3});
+  s.keys = KeyLayout::Paged;
+  s.leftpads = {9, 250, 336};
+  expect_matches_reference(s, {1, 3});
 }
 
 TEST_P(CudaE4M3, PrefillAndDecodeMixedInOneBatch) {
@@ -114,7 +125,8 @@ TEST_P(CudaE4M3, PartialRotation) {
 TEST_P(CudaE4M3, EveryCodeIsReadExactly) {
   const ProblemShape s = shape();
   CodesProblem(s.dtype, 2, s.head_dim).expect_exact();
-  ++kernel_cases;
+  CodesProblem(s.dtype, 17, s.head_dim).expect_exact();  // more rows than a decode tile has
+  kernel_cases += 2;
 }
 
 TEST_P(CudaE4M3, PagesThatTheCacheHasNot) {
@@ -137,17 +149,18 @@ TEST_P(CudaE4M3, PagesThatTheCacheHasNot) {
 }
 
 TEST_P(CudaE4M3, TheKernelSaysWhatItReads) {
-  AttentionProblem problem(cached(4, 40));
+  AttentionProblem problem(cached(4, 2));
   AttentionParams p = problem.params();
   p.exec.device = Device::Cuda;
   p.num_splits = 1;
   std::string kernel;
   EXPECT_TRUE(describe_attention(p, &kernel).ok());
-  EXPECT_EQ(kernel.rfind("cuda/sm80/decode/", 0), 0u) << kernel;
+  EXPECT_EQ(kernel.rfind(std::string("cuda/") + std::get<2>(GetParam()) + "/", 0), 0u) << kernel;
   EXPECT_EQ(kernel.substr(kernel.size() - 5), "/e4m3");
 }
 
 DCA_TEST_SM80(CudaE4M3, 64, 80, 96, 128, 192, 256);
+DCA_TEST_SM90(CudaE4M3, 64, 80, 96, 128, 192, 256);
 
 // --- Append ---
 
