@@ -1,4 +1,4 @@
-// Loads of decode by TMA: a warp's first lane asks for the 16 keys and values of a block with one request per column of
+// Loads of decode by TMA: one lane of a warp asks for the 16 keys and values of a block with one request per column of
 // atoms, and an mbarrier per stage of the ring says when they are there.
 #pragma once
 
