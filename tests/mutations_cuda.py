@@ -216,13 +216,6 @@ MUTATIONS = [
         ("late", "random"),
     ),
     Mutation(
-        "Hopper decode: a stage is loaded while lanes read it",
-        SM90 + "decode_loads.h",
-        "    __syncwarp();  // every lane is done with the stage that is loaded next\n",
-        "",
-        ("race",),
-    ),
-    Mutation(
         "Hopper decode: the page of the block before",
         SM90 + "decode_loads.h",
         "    if (found_) source_ = KeySource",
