@@ -267,7 +267,7 @@ step_variants() {
       echo "$kernels $shape"
       # shellcheck disable=SC2086  # words
       if DCA_CUDA_KERNELS=$kernels cuda_tests "$tree/bench/cpp/dca_bench" $shape --device=cuda \
-        --json "$out/variants.tmp" </dev/null; then
+        --json "$out/variants.tmp"; then
         cat "$out/variants.tmp" >>"$out/variants.jsonl"
       else
         failed=1
