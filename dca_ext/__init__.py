@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from dca_ext.installation import build_info, cmake_dir
     from dca_ext.patch import replace_attention, restore_attention
+    from dca_ext.rotary import rotary_tables
     from dca_ext.scales import kv_cache_scale
 
 #: Public names that are imported on first use: the modules need transformers, the operators load a library.
@@ -45,6 +46,7 @@ _LAZY = {
     "merge_attention_states": "functional",
     "replace_attention": "patch",
     "restore_attention": "patch",
+    "rotary_tables": "rotary",
     "rotate_and_append_kv": "functional",
     "rotate_keys": "functional",
 }
@@ -66,6 +68,7 @@ __all__ = [
     "merge_attention_states",
     "replace_attention",
     "restore_attention",
+    "rotary_tables",
     "rotate_and_append_kv",
     "rotate_keys",
 ]

@@ -75,7 +75,7 @@ ALLOWED = {
     "patch": {"config", "attention", "cache", "rotary"},
     "cli": {"", "cli", "_core"},  # "": the public names
     "__main__": {"cli"},
-    "__init__": {"config", "version", "attention", "functional", "installation", "patch", "scales"},
+    "__init__": {"config", "version", "attention", "functional", "installation", "patch", "rotary", "scales"},
 }
 
 #: Third-party packages that only some may know; all may know torch, except those in WITHOUT_TORCH.

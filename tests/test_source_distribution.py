@@ -13,7 +13,7 @@ import pytest
 from cpp_build import ROOT
 
 #: Folders that go in whole, and files beside them.
-FOLDERS = ("cmake", "csrc", "dca_ext", "docs", "tests")
+FOLDERS = ("cmake", "csrc", "dca_ext", "docs", "examples", "tests")
 FILES = {"CHANGELOG.md", "CMakeLists.txt", "LICENSE", "README.md", "constraints.txt", "pyproject.toml", "setup.py"}
 
 #: What building and running leaves in a tree.
