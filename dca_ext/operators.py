@@ -10,15 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dca_ext.installation import not_built
+
 
 def _load() -> None:
     folder = Path(__file__).resolve().parent
     library = next(iter(sorted(folder.glob("_dca_torch*.so"))), None)
     if library is None:
-        raise ImportError(
-            f"dca_ext was not built: {folder} holds no _dca_torch library; install it with `pip install .` from the "
-            "repository, and do not import it from the repository's own folder unless it was installed with -e"
-        )
+        raise not_built("_dca_torch")
     torch.ops.load_library(library)
 
 

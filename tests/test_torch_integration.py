@@ -1,5 +1,11 @@
 """The operators as torch sees them: registration, tracing, torch.compile, and the missing backward."""
 
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from oracle import SMALL, empty_cache, ragged_borders, tables
@@ -161,6 +167,20 @@ def test_build_info_says_what_was_built():
     assert all(name.startswith("sm_") for name in info["cuda_architectures"])
 
 
+@pytest.mark.parametrize("name", ["dca_attention", "build_info()"])
+def test_a_package_without_its_compiled_parts_says_so(name, tmp_path):
+    source = Path(dca_ext.__file__).parent
+    shutil.copytree(source, tmp_path / "dca_ext", ignore=shutil.ignore_patterns("*.so", "cpp", "__pycache__"))
+    # An editable install finds its own compiled parts, wherever the package lies.
+    alone = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if not f.__module__.startswith('__editable__')]"
+    command = [sys.executable, "-c", f"{alone}; import dca_ext; dca_ext.{name}"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    last_line = result.stderr.strip().splitlines()[-1]
+    assert last_line.startswith(f"ImportError: dca_ext was not built: {tmp_path / 'dca_ext'} holds no _")
+    assert "`pip install .`" in last_line
+
+
 def test_kernels_are_named_from_shapes():
     shape = dict(num_heads=9, num_heads_kv=3, head_dim=64)
     isa = dca_ext.build_info()["cpu_isa"]
@@ -171,7 +191,7 @@ def test_kernels_are_named_from_shapes():
         with pytest.raises(RuntimeError, match="no CUDA kernels; build it where nvcc is found"):
             dca_ext._core.describe_kernel(**on_cuda)
     elif torch.cuda.is_available():
-        assert dca_ext._core.describe_kernel(**on_cuda).startswith("cuda/sm80/decode/bf16/64")
+        assert re.match("cuda/sm(80|90)/decode/bf16/64", dca_ext._core.describe_kernel(**on_cuda))
     else:
         with pytest.raises(RuntimeError, match="the current CUDA device: "):
             dca_ext._core.describe_kernel(**on_cuda)

@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 #: Distributions whose versions matter when something behaves oddly; "-" stands for those that are not installed.
-_DISTRIBUTIONS = ("torch", "transformers", "safetensors", "gguf", "numpy")
+_DISTRIBUTIONS = ("transformers", "safetensors", "gguf", "numpy")
 
 #: Of all that torch finds out about a CPU, what attention kernels care about.
 _CPU_FEATURES = ("avx2", "fma3", "f16c", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
@@ -50,10 +50,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _versions() -> dict[str, str]:
-    """Versions by package, without importing any."""
+    """Versions by package. torch's own says more than its package's: the CUDA version that it was built for."""
+    import torch
+
     import dca_ext
 
-    versions = {"dca_ext": dca_ext.__version__, "python": platform.python_version()}
+    versions = {"dca_ext": dca_ext.__version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     for name in _DISTRIBUTIONS:
         try:
             versions[name] = importlib.metadata.version(name)
