@@ -63,6 +63,12 @@ MUTATIONS = [
         ("race", "late"),
     ),
     Mutation(
+        "softmax: a maximum that has not moved rescales a little",
+        COMMON + "softmax.h",
+        "exp2_approx(__fmul_rn(row_max[r], scale_log2) - power)",
+        "exp2_approx(fmaf(row_max[r], scale_log2, -power))",
+    ),
+    Mutation(
         "merge: parts weigh the same",
         COMMON + "merge.cu",
         "const float weight = expf(args.lses[part][lse_index] - largest);",

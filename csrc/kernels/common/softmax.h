@@ -39,6 +39,9 @@ struct OnlineSoftmax {
   };
 
   /// Turns the logits `s` (kRows, columns) into weights. A row may have seen no key yet, its logits all -inf.
+  ///
+  /// Products with the maximum are rounded, __fmul_rn: fused into the differences they would leave their rounding
+  /// errors there, and a maximum that has not moved would ask for a factor of almost 1.
   template <class Logits>
   __device__ __forceinline__ Rescale advance(Logits& s, float scale_log2) {
     Rescale rescale;
@@ -50,13 +53,13 @@ struct OnlineSoftmax {
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
       largest = fmaxf(largest, row_max[r]);
-      const float offset = largest == -INFINITY ? 0.0f : largest * scale_log2;
-      rescale.factor[r] = exp2_approx(row_max[r] * scale_log2 - offset);
+      const float power = largest == -INFINITY ? 0.0f : __fmul_rn(largest, scale_log2);
+      rescale.factor[r] = exp2_approx(__fmul_rn(row_max[r], scale_log2) - power);
       row_max[r] = largest;
       float sum = row_sum[r] * rescale.factor[r];
       CUTE_UNROLL
       for (int c = 0; c < cute::size<1>(s); ++c) {
-        s(r, c) = exp2_approx(s(r, c) * scale_log2 - offset);
+        s(r, c) = exp2_approx(s(r, c) * scale_log2 - power);
         sum += s(r, c);
       }
       row_sum[r] = sum;

@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <string>
 #include <tuple>
@@ -39,6 +40,50 @@ inline void expect_matches_reference(const ProblemShape& shape, const std::vecto
   AttentionProblem problem(shape);
   EXPECT_TRUE(problem.matches_reference(problem.params(), split_counts)) << what;
   kernel_cases += static_cast<int>(split_counts.size());
+}
+
+/// Queries for which all keys have one logit, the last `rows` of a sequence of `keys`: the LSE is that logit + ln(keys
+/// in sight). A block must leave no error of its own in the running sum, or some hundred of them add up: in sight with
+/// logits of some hundred, where one rounding is 6e-5.
+inline void expect_sums_without_drift(const ProblemShape& kernel, int32_t rows, int32_t keys, float logit) {
+  constexpr ChunkGeometry kChunk{5000, 6000};
+  const auto filled = [&](int64_t count, double value) {
+    std::vector<uint16_t> bits(static_cast<size_t>(count * kernel.head_dim));
+    for (int64_t i = 0; i < count * kernel.head_dim; ++i) reference::write(bits.data(), kernel.dtype, i, value);
+    return bits;
+  };
+  const std::vector<uint16_t> q = filled(rows, 1.375), k = filled(keys, 1.0), v = k;
+  std::vector<uint16_t> out(q.size());
+  std::vector<float> lse(static_cast<size_t>(rows));
+  const size_t table = static_cast<size_t>((kChunk.max_position + 1) * (kernel.head_dim / 2));
+  const std::vector<float> cos(table, 1.0f), sin(table, 0.0f);  // no rotation
+  const Strides stride{0, kernel.head_dim, 0};
+  AttentionParams p;
+  p.exec.device = Device::Cuda;
+  p.dtype = kernel.dtype;
+  p.chunk = kChunk;
+  p.batch = p.num_heads = p.num_heads_kv = 1;
+  p.head_dim = kernel.head_dim;
+  p.seqlen_q = rows;
+  p.seqlen_k = p.cache_seqlen = keys;
+  p.q = {q.data(), stride};
+  p.k = {k.data(), stride};
+  p.v = {v.data(), stride};
+  p.out = {out.data(), stride};
+  p.lse = lse.data();
+  p.rotary = {cos.data(), sin.data(), kChunk.max_position + 1, kernel.head_dim / 2, false};
+  p.num_splits = 1;
+  p.softmax_scale = logit / (1.375f * static_cast<float>(kernel.head_dim));
+  ASSERT_TRUE(run_operator(p, {buffer_of(q), buffer_of(k), buffer_of(v), buffer_of(out), buffer_of(lse), buffer_of(cos),
+                               buffer_of(sin)})
+                  .ok());
+  const double exact_logit = 1.375 * kernel.head_dim * static_cast<double>(p.softmax_scale);
+  for (int32_t row = 0; row < rows; ++row) {
+    const double expected = exact_logit + std::log(keys - rows + row + 1);
+    EXPECT_NEAR(lse[static_cast<size_t>(row)], expected, 8 * error_rule::ulp(expected, DType::Float32))
+        << "row " << row;
+  }
+  ++kernel_cases;
 }
 
 /// Tests of one dtype, head_dim and architecture; skipped where there is no such kernel.

@@ -66,6 +66,10 @@ TEST_P(CudaDecode, LongCache) {
   expect_matches_reference(s, {0, 1, 7});
 }
 
+TEST_P(CudaDecode, SumsOfManyBlocksDoNotDrift) {
+  for (const float logit : {712.0f, 747.0f}) expect_sums_without_drift(shape(), 1, 16384, logit);
+}
+
 DCA_TEST_SM80(CudaDecode, 64, 80, 96, 128, 192, 256);
 DCA_TEST_SM90(CudaDecode, 64, 80, 96, 128, 192, 256);
 

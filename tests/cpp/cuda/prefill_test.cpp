@@ -230,6 +230,10 @@ TEST_P(CudaPrefillAxes, SegmentsAlone) {
   }
 }
 
+TEST_P(CudaPrefillAxes, SumsOfManyBlocksDoNotDrift) {
+  for (const float logit : {712.0f, 747.0f}) expect_sums_without_drift(shape(), 40, 16384, logit);
+}
+
 TEST_P(CudaPrefillAxes, LseMayBeNull) {
   AttentionProblem problem(shape(1));
   AttentionParams p = problem.params();
