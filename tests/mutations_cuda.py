@@ -51,8 +51,8 @@ MUTATIONS = [
     Mutation(
         "barrier: prefill's wait is not followed by one",
         SM80 + "prefill_kernel.h",
-        "widened(values), thread_);\n    }\n    __syncthreads();",
-        "widened(values), thread_);\n    }",
+        "widened, thread_);\n    }\n    __syncthreads();",
+        "widened, thread_);\n    }",
         ("race", "late"),
     ),
     Mutation(
@@ -83,7 +83,7 @@ MUTATIONS = [
     Mutation(
         "merge: warps of a decode tile weigh the same",
         SM80 + "decode_tile.h",
-        "const float weight = exp2_approx(exchange_max(w, row) - largest);",
+        "const float weight = exp2_approx(exchange_power(w, row) - largest);",
         "const float weight = 1.0f;",
     ),
     Mutation(
@@ -122,15 +122,22 @@ MUTATIONS = [
     Mutation(
         "e4m3: prefill tiles widen numbers in another order",
         SM80 + "e4m3_rows.h",
-        "__byte_perm(low.even, low.odd, 0x5410), __byte_perm(low.even, low.odd, 0x7632)",
-        "low.even, low.odd",
+        "return {low.x, low.y, high.x, high.y};",
+        "return {low.y, low.x, high.x, high.y};",
         tests="*E4M3*",
     ),
     Mutation(
         "e4m3: prefill tiles leave the scale of the values out",
         SM80 + "prefill_kernel.h",
-        "factor(args_.p.v_scale)",
+        "factor<Value>(args_.p.v_scale)",
         "1.0f",
+        tests="*E4M3*",
+    ),
+    Mutation(
+        "e4m3: small weights are too small for fp16",
+        SM80 + "traits.h",
+        "cutlass::float_e4m3_t> ? 15 : 0;",
+        "cutlass::float_e4m3_t> ? 0 : 0;",
         tests="*E4M3*",
     ),
     Mutation(

@@ -1,5 +1,5 @@
-// 8-bit floating point (e4m3: sign, 4 exponent bits, 3 mantissa bits) without the conversion instructions, which only
-// GPUs from 8.9 on have.
+// 8-bit floating point (e4m3: sign, 4 exponent bits, 3 mantissa bits). GPUs from 8.9 on have instructions that read it;
+// the others move its bits.
 #pragma once
 
 #include "numeric.h"
@@ -8,15 +8,67 @@ namespace dca::cuda {
 
 // --- Reading: four numbers of a register become two registers of two elements ---
 
-/// Elements of bytes 0 and 2, and of bytes 1 and 3.
-struct EvenOdd {
-  uint32_t even;
-  uint32_t odd;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+
+/// How e4m3 becomes Element: the numbers in the lower and in the upper half of a register.
+template <class Element>
+struct E4M3Reader;
+
+template <>
+struct E4M3Reader<cutlass::half_t> {
+  /// What all that is read has to be multiplied by: left to the factor that comes later anyway.
+  static constexpr float kScale = 1.0f;
+
+  __device__ __forceinline__ static uint32_t lower(uint32_t four) {
+    uint32_t result;
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, low; }" : "=r"(result) : "r"(four));
+    return result;
+  }
+  __device__ __forceinline__ static uint32_t upper(uint32_t four) {
+    uint32_t result;
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, high; }" : "=r"(result) : "r"(four));
+    return result;
+  }
 };
 
-/// How e4m3 becomes Element. The bits move to their places in the wider format, whose exponent has another bias: the
-/// numbers come out too small by a power of two, subnormal ones included. NaN, which e4m3 has in the place of 480, is
-/// found by a product that overflows for 480 alone: 0 times that is NaN, or the 0 that the sum does not see.
+template <>
+struct E4M3Reader<cutlass::bfloat16_t> {
+  static constexpr float kScale = 1.0f;
+
+  __device__ __forceinline__ static uint32_t lower(uint32_t four) { return of_halves(Halves::lower(four)); }
+  __device__ __forceinline__ static uint32_t upper(uint32_t four) { return of_halves(Halves::upper(four)); }
+
+ private:
+  using Halves = E4M3Reader<cutlass::half_t>;
+
+  __device__ __forceinline__ static uint32_t of_halves(uint32_t two) {
+    uint32_t result;
+    asm("{ .reg .b16 low, high; .reg .f32 x, y; mov.b32 {low, high}, %1; cvt.f32.f16 x, low; cvt.f32.f16 y, high;"
+        "  cvt.rn.bf16x2.f32 %0, y, x; }"
+        : "=r"(result)
+        : "r"(two));
+    return result;
+  }
+};
+
+/// Elements of four numbers in their order.
+template <class Element>
+__device__ __forceinline__ uint2 read_e4m3(uint32_t four) {
+  return {E4M3Reader<Element>::lower(four), E4M3Reader<Element>::upper(four)};
+}
+
+/// Elements of numbers 0 and 2, and of numbers 1 and 3.
+template <class Element>
+__device__ __forceinline__ uint2 read_e4m3_even_odd(uint32_t four) {
+  return read_e4m3<Element>(__byte_perm(four, 0, 0x3120));
+}
+
+#else
+
+/// How e4m3 becomes Element: numbers 1 and 3 of a register. The bits move to their places in the wider format, whose
+/// exponent has another bias: the numbers come out too small by a power of two, subnormal ones included. NaN, which
+/// e4m3 has in the place of 480, is found by a product that overflows for 480 alone: 0 times that is NaN, or the 0
+/// that the sum does not see.
 template <class Element>
 struct E4M3Reader;
 
@@ -25,8 +77,7 @@ struct E4M3Reader<cutlass::half_t> {
   /// What all that is read has to be multiplied by: left to the factor that comes later anyway.
   static constexpr float kScale = 256.0f;
 
-  /// Bytes 1 and 3.
-  __device__ __forceinline__ static uint32_t odd_bytes(uint32_t x) {
+  __device__ __forceinline__ static uint32_t odd_numbers(uint32_t x) {
     const uint32_t small = (x & 0x80008000u) | (x >> 1 & 0x3f803f80u);
     uint32_t overflow, result;
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(overflow) : "r"(small), "r"(0x78807880u));  // 36864: 448 / 256 is below
@@ -40,7 +91,7 @@ struct E4M3Reader<cutlass::bfloat16_t> {
   /// Numbers 2^-120 times as large would leave no room for their products in fp32.
   static constexpr float kScale = 1.0f;
 
-  __device__ __forceinline__ static uint32_t odd_bytes(uint32_t x) {
+  __device__ __forceinline__ static uint32_t odd_numbers(uint32_t x) {
     const uint32_t small = (x & 0x80008000u) | (x >> 4 & 0x07f007f0u);
     return with_nan(multiply(small, 0x7b807b80u));  // 2^120
   }
@@ -61,11 +112,19 @@ struct E4M3Reader<cutlass::bfloat16_t> {
 };
 
 template <class Element>
-__device__ __forceinline__ EvenOdd read_e4m3(uint32_t four) {
-  return {E4M3Reader<Element>::odd_bytes(four << 8), E4M3Reader<Element>::odd_bytes(four)};
+__device__ __forceinline__ uint2 read_e4m3_even_odd(uint32_t four) {
+  return {E4M3Reader<Element>::odd_numbers(four << 8), E4M3Reader<Element>::odd_numbers(four)};
 }
 
-/// What products with the elements of K, or with those of V, have to be multiplied by; nothing where they are Elements.
+template <class Element>
+__device__ __forceinline__ uint2 read_e4m3(uint32_t four) {
+  const uint2 even_odd = read_e4m3_even_odd<Element>(four);
+  return {__byte_perm(even_odd.x, even_odd.y, 0x5410), __byte_perm(even_odd.x, even_odd.y, 0x7632)};
+}
+
+#endif
+
+/// What products with K, or with V, have to be multiplied by: nothing where the cache holds Elements.
 template <class Element, class Cached>
 __device__ __forceinline__ float cache_factor(const CacheScale& scale, int32_t kv_head) {
   if constexpr (std::is_same_v<Cached, cutlass::float_e4m3_t>) {

@@ -60,9 +60,10 @@ __device__ void clear_rows_without_position(const AttentionArgs& args, const Wor
 
 /// Divides a thread's rows of O, (rows, columns) at `coordinates` of the tile, by their sums, stores their LSE and, of
 /// a split, the rows themselves. `leader`: whether this lane stores for the four that share a row. `factor`: on O.
-template <class Element, int kRows, class Output, class Coordinates>
-__device__ __forceinline__ void finish_rows(const OutputRows<Element>& rows, const OnlineSoftmax<kRows>& softmax,
-                                            Output& o, const Coordinates& coordinates, float scale_log2, bool leader,
+template <class Element, int kRows, int kHeadroom, class Output, class Coordinates>
+__device__ __forceinline__ void finish_rows(const OutputRows<Element>& rows,
+                                            const OnlineSoftmax<kRows, kHeadroom>& softmax, Output& o,
+                                            const Coordinates& coordinates, float scale_log2, bool leader,
                                             float factor = 1.0f) {
   CUTE_UNROLL
   for (int r = 0; r < kRows; ++r) {

@@ -23,10 +23,12 @@ __device__ __forceinline__ constexpr auto as_operand_a(Layout layout) {
   return make_layout(make_layout(get<0>(pairs), get<2, 0>(pairs)), get<1>(pairs), get<2, 1>(pairs));
 }
 
-template <int kRows>
+/// kHeadroom: weights are 2^kHeadroom times as large, so that formats with few exponent bits hold small ones. It
+/// cancels where O is divided by the sums.
+template <int kRows, int kHeadroom = 0>
 struct OnlineSoftmax {
   float row_max[kRows];  ///< of the raw logits
-  float row_sum[kRows];  ///< this lane's share of sum 2^((logit - row_max) * scale_log2)
+  float row_sum[kRows];  ///< this lane's share of sum 2^((logit - row_max) * scale_log2 + kHeadroom)
 
   __device__ OnlineSoftmax() {
     CUTE_UNROLL
@@ -56,10 +58,11 @@ struct OnlineSoftmax {
       const float power = largest == -INFINITY ? 0.0f : __fmul_rn(largest, scale_log2);
       rescale.factor[r] = exp2_approx(__fmul_rn(row_max[r], scale_log2) - power);
       row_max[r] = largest;
+      const float offset = power - kHeadroom;
       float sum = row_sum[r] * rescale.factor[r];
       CUTE_UNROLL
       for (int c = 0; c < cute::size<1>(s); ++c) {
-        s(r, c) = exp2_approx(s(r, c) * scale_log2 - power);
+        s(r, c) = exp2_approx(s(r, c) * scale_log2 - offset);
         sum += s(r, c);
       }
       row_sum[r] = sum;
@@ -89,9 +92,14 @@ struct OnlineSoftmax {
     }
   }
 
+  /// The power of two that row_sum counts.
+  __device__ __forceinline__ float power_of_sum(int r, float scale_log2) const {
+    return __fmul_rn(row_max[r], scale_log2) - kHeadroom;
+  }
+
   /// Natural logarithm of the sum of exp(logit); -inf for a row without keys. After finish().
   __device__ __forceinline__ float lse(int r, float scale_log2) const {
-    return row_sum[r] == 0.0f ? -INFINITY : (row_max[r] * scale_log2 + log2f(row_sum[r])) * kLn2;
+    return row_sum[r] == 0.0f ? -INFINITY : (power_of_sum(r, scale_log2) + log2f(row_sum[r])) * kLn2;
   }
 };
 

@@ -31,7 +31,7 @@ class DecodeRing {
   }
   /// V as (head_dim, keys).
   __device__ auto smem_vt(int32_t stage) const {
-    return make_tensor(make_smem_ptr(v(stage)), typename Traits::SmemVt{});
+    return make_tensor(make_smem_ptr(reinterpret_cast<typename Traits::Value*>(v(stage))), typename Traits::SmemVt{});
   }
 
  private:

@@ -23,11 +23,13 @@ namespace dca::cuda::sm80 {
 template <class Traits, class Loads>
 class DecodeTile {
   using Element = typename Traits::Element;
-  using Mma = typename Traits::Mma;
+  using MmaQk = typename Traits::MmaQk;
+  using MmaPv = typename Traits::MmaPv;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kBlockM = Traits::kBlockM;
   static constexpr int kWarpKeys = Traits::kWarpKeys;
   static constexpr int kThreadRows = 2;
+  using Softmax = OnlineSoftmax<kThreadRows, Traits::kHeadroom>;
 
  public:
   /// `shared`: kSharedBytes, the rings of `loads` among them.
@@ -40,21 +42,21 @@ class DecodeTile {
         exchange_(reinterpret_cast<float*>(shared + Traits::kQueryBytes)),
         warp_(static_cast<int32_t>(threadIdx.x) / 32),
         lane_(static_cast<int32_t>(threadIdx.x) % 32),
-        scale_(LogitScale::of(tile.scale * factor(args.p.k_scale))) {}
+        scale_(LogitScale::of(tile.scale * factor<Element>(args.p.k_scale))) {}
 
   __device__ void run() {
     loads_.begin();
     rotate_queries();
     __syncthreads();
 
-    auto acc_o = partition_fragment_C(Mma{}, Shape<Int<kBlockM>, Int<kHeadDim>>{});
+    auto acc_o = partition_fragment_C(MmaPv{}, Shape<Int<kBlockM>, Int<kHeadDim>>{});
     clear(acc_o);
     auto o = make_tensor(acc_o.data(), as_rows_and_columns(acc_o.layout()));
-    OnlineSoftmax<kThreadRows> softmax;
-    auto tSrQ = Mma{}.get_slice(lane_).partition_fragment_A(smem_q(Segment::Intra));
+    Softmax softmax;
+    auto tSrQ = MmaQk{}.get_slice(lane_).partition_fragment_A(smem_q(Segment::Intra));
     [[maybe_unused]] int32_t segment = -1;
     for (KeyBlock block = loads_.next(); block.count > 0; loads_.advance(), block = loads_.next()) {
-      auto acc_s = partition_fragment_C(Mma{}, Shape<Int<kBlockM>, Int<kWarpKeys>>{});
+      auto acc_s = partition_fragment_C(MmaQk{}, Shape<Int<kBlockM>, Int<kWarpKeys>>{});
       if constexpr (Traits::kQueriesInRegisters) {
         if (segment != static_cast<int32_t>(block.segment)) {
           segment = static_cast<int32_t>(block.segment);
@@ -66,9 +68,9 @@ class DecodeTile {
       if (tile_.ranges.needs_mask(block, Traits::kBlockN)) loads_.mask(s, coordinates<kWarpKeys>(), block);
       softmax.apply(softmax.advance(s, scale_.magnitude_log2), o);
       if constexpr (Traits::kE4M3) {
-        multiply_pv_e4m3<Mma>(acc_o, acc_s, ring_.smem_vt(loads_.stage()), lane_);
+        multiply_pv_e4m3<MmaPv>(acc_o, acc_s, ring_.smem_vt(loads_.stage()), lane_);
       } else {
-        multiply_pv<Mma>(acc_o, acc_s, ring_.smem_vt(loads_.stage()), lane_);
+        multiply_pv<MmaPv>(acc_o, acc_s, ring_.smem_vt(loads_.stage()), lane_);
       }
     }
     loads_.end();
@@ -80,8 +82,10 @@ class DecodeTile {
   }
 
  private:
+  // On products with K, which is read as T, or with V.
+  template <class T>
   __device__ float factor(const CacheScale& scale) const {
-    return cache_factor<Element, typename Traits::Cached>(scale, tile_.kv_head);
+    return cache_factor<T, typename Traits::Cached>(scale, tile_.kv_head);
   }
 
   __device__ Element* q_of(Segment segment) const {
@@ -95,7 +99,7 @@ class DecodeTile {
   template <int kColumns>
   __device__ auto coordinates() const {
     const auto all = make_identity_tensor(Shape<Int<kBlockM>, Int<kColumns>>{});
-    const auto mine = Mma{}.get_slice(lane_).partition_C(all);
+    const auto mine = MmaQk{}.get_slice(lane_).partition_C(all);
     return make_tensor(mine.data(), as_rows_and_columns(mine.layout()));
   }
 
@@ -113,7 +117,7 @@ class DecodeTile {
 
   template <class Fragment>
   __device__ __forceinline__ void read_queries(Fragment& tSrQ, Segment segment) const {
-    const auto copy_a = make_tiled_copy_A(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, Mma{});
+    const auto copy_a = make_tiled_copy_A(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, MmaQk{});
     const auto thr_copy_a = copy_a.get_slice(lane_);
     copy(copy_a, thr_copy_a.partition_S(smem_q(segment)), thr_copy_a.retile_D(tSrQ));
   }
@@ -123,15 +127,15 @@ class DecodeTile {
   __device__ __forceinline__ void multiply_qk_of_block(Acc& acc_s, const Fragment& tSrQ, Segment segment) const {
     const auto sK = ring_.smem_k(loads_.stage());
     if constexpr (Traits::kE4M3 && Traits::kQueriesInRegisters) {
-      multiply_qk_e4m3<Mma>(
+      multiply_qk_e4m3<MmaQk>(
           acc_s, [&](auto k) { return tSrQ(_, _, k); }, sK, lane_);
     } else if constexpr (Traits::kE4M3) {
-      multiply_qk_e4m3<Mma>(
+      multiply_qk_e4m3<MmaQk>(
           acc_s, [&](auto k) { return query_step(segment, k); }, sK, lane_);
     } else if constexpr (Traits::kQueriesInRegisters) {
-      multiply_qk_registers<Mma>(acc_s, tSrQ, sK, lane_);
+      multiply_qk_registers<MmaQk>(acc_s, tSrQ, sK, lane_);
     } else {
-      multiply_qk<Mma>(acc_s, smem_q(segment), sK, lane_);
+      multiply_qk<MmaQk>(acc_s, smem_q(segment), sK, lane_);
     }
   }
 
@@ -139,20 +143,20 @@ class DecodeTile {
   template <class Step>
   __device__ __forceinline__ auto query_step(Segment segment, Step k) const {
     const auto sQ = smem_q(segment);
-    const auto copy_a = make_tiled_copy_A(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, Mma{});
+    const auto copy_a = make_tiled_copy_A(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, MmaQk{});
     const auto thr_copy_a = copy_a.get_slice(lane_);
-    auto all = Mma{}.get_slice(lane_).partition_fragment_A(sQ);  // of which only this step becomes registers
+    auto all = MmaQk{}.get_slice(lane_).partition_fragment_A(sQ);  // of which only this step becomes registers
     copy(copy_a, thr_copy_a.partition_S(sQ)(_, _, k), thr_copy_a.retile_D(all)(_, _, k));
     auto step = make_fragment_like(all(_, _, k));
     copy(all(_, _, k), step);
     return step;
   }
 
-  // exchange: O (kWarps, kBlockM, kExchangeRow) | max in powers of two (kWarps, kBlockM) | sum (kWarps, kBlockM)
+  // exchange: O (kWarps, kBlockM, kExchangeRow) | power of two of the sum (kWarps, kBlockM) | sum (kWarps, kBlockM)
   __device__ float* exchange_o(int32_t warp, int32_t row) const {
     return exchange_ + (warp * kBlockM + row) * Traits::kExchangeRow;
   }
-  __device__ float& exchange_max(int32_t warp, int32_t row) const {
+  __device__ float& exchange_power(int32_t warp, int32_t row) const {
     return exchange_[Traits::kWarps * kBlockM * Traits::kExchangeRow + warp * kBlockM + row];
   }
   __device__ float& exchange_sum(int32_t warp, int32_t row) const {
@@ -160,7 +164,7 @@ class DecodeTile {
   }
 
   template <class Rows>
-  __device__ void publish(const Rows& o, const OnlineSoftmax<kThreadRows>& softmax) {
+  __device__ void publish(const Rows& o, const Softmax& softmax) {
     __syncthreads();  // all warps are done with their rings
     const auto at = coordinates<kHeadDim>();
     CUTE_UNROLL
@@ -168,7 +172,7 @@ class DecodeTile {
       const int32_t row = get<0>(at(r, 0));
       publish_row(o, at, r, exchange_o(warp_, row));
       if (lane_ % 4 == 0) {
-        exchange_max(warp_, row) = softmax.row_max[r] * scale_.magnitude_log2;
+        exchange_power(warp_, row) = softmax.power_of_sum(r, scale_.magnitude_log2);
         exchange_sum(warp_, row) = softmax.row_sum[r];
       }
     }
@@ -199,18 +203,18 @@ class DecodeTile {
       const TileRow at = TileRow::of(args_, tile_, row);
       if (!at.valid || column >= args_.p.head_dim) continue;
       float largest = -INFINITY;
-      for (int w = 0; w < Traits::kWarps; ++w) largest = fmaxf(largest, exchange_max(w, row));
+      for (int w = 0; w < Traits::kWarps; ++w) largest = fmaxf(largest, exchange_power(w, row));
       float sum = 0.0f;
       float joined[8] = {};
       for (int w = 0; w < Traits::kWarps; ++w) {
         if (exchange_sum(w, row) == 0.0f) continue;
-        const float weight = exp2_approx(exchange_max(w, row) - largest);
+        const float weight = exp2_approx(exchange_power(w, row) - largest);
         sum += weight * exchange_sum(w, row);
         const float* const part = exchange_o(w, row) + column;
         CUTE_UNROLL
         for (int c = 0; c < 8; ++c) joined[c] += weight * part[c];
       }
-      const float inverse = sum == 0.0f ? 0.0f : factor(args_.p.v_scale) / sum;
+      const float inverse = sum == 0.0f ? 0.0f : factor<typename Traits::Value>(args_.p.v_scale) / sum;
       CUTE_UNROLL
       for (int c = 0; c < 8; ++c) joined[c] *= inverse;
       store_unit(rows, tile_.seqlen.row(at.position), at.head, column, joined);

@@ -1,5 +1,5 @@
 // The products of decode over a cache of e4m3: ldmatrix brings it from shared memory two numbers at a time, as if they
-// were one element of 16 bits, and they become elements in registers.
+// were one element of 16 bits, and they become elements in registers: keys those of Q, values fp16.
 //
 // Which column of a product a number belongs to is free, if all parties agree. So nothing is exchanged between lanes:
 // of each 16 channels the even ones are the columns 0 to 7, and the odd ones 8 to 15.
@@ -52,9 +52,9 @@ __device__ __forceinline__ void multiply_qk_e4m3(Acc& acc, ReadA&& read_a, const
       auto key_words = recast<uint32_t>(keys);
       CUTE_UNROLL
       for (int n = 0; n < size<1>(words); ++n) {
-        const EvenOdd channels = read_e4m3<Element>(words(half, n));
-        key_words(0, n) = channels.even;
-        key_words(1, n) = channels.odd;
+        const uint2 even_odd = read_e4m3_even_odd<Element>(words(half, n));
+        key_words(0, n) = even_odd.x;
+        key_words(1, n) = even_odd.y;
       }
       const auto a = read_a(Int<2 * decltype(k)::value + decltype(half)::value>{});
       gemm(mma, a, keys, acc);
@@ -92,10 +92,10 @@ __device__ __forceinline__ void multiply_pv_e4m3(Acc& acc, const Weights& weight
     const auto words = recast<uint32_t>(pairs(_, _, k));  // (2, N / 16): 8 keys each
     CUTE_UNROLL
     for (int n = 0; n < size<1>(words); ++n) {
-      const EvenOdd first_keys = read_e4m3<Element>(words(0, n));
-      const EvenOdd last_keys = read_e4m3<Element>(words(1, n));
-      multiply_column_tile(mma, acc(_, _, 2 * n), tOrP(_, _, k), first_keys.even, last_keys.even);
-      multiply_column_tile(mma, acc(_, _, 2 * n + 1), tOrP(_, _, k), first_keys.odd, last_keys.odd);
+      const uint2 first_keys = read_e4m3_even_odd<Element>(words(0, n));
+      const uint2 last_keys = read_e4m3_even_odd<Element>(words(1, n));
+      multiply_column_tile(mma, acc(_, _, 2 * n), tOrP(_, _, k), first_keys.x, last_keys.x);
+      multiply_column_tile(mma, acc(_, _, 2 * n + 1), tOrP(_, _, k), first_keys.y, last_keys.y);
     }
   });
 }

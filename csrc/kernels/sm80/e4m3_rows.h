@@ -6,19 +6,18 @@
 
 namespace dca::cuda::sm80 {
 
-/// 8 elements of 8 numbers, in their order.
+/// 8 elements of 8 numbers.
 template <class Element>
 __device__ __forceinline__ uint4 widen_unit(uint32_t first, uint32_t last) {
-  const EvenOdd low = read_e4m3<Element>(first);
-  const EvenOdd high = read_e4m3<Element>(last);
-  return {__byte_perm(low.even, low.odd, 0x5410), __byte_perm(low.even, low.odd, 0x7632),
-          __byte_perm(high.even, high.odd, 0x5410), __byte_perm(high.even, high.odd, 0x7632)};
+  const uint2 low = read_e4m3<Element>(first);
+  const uint2 high = read_e4m3<Element>(last);
+  return {low.x, low.y, high.x, high.y};
 }
 
 /// Widens the units that this thread itself has copied by load_rows into `packed`, of PackedLayout (kRows, kHeadDim /
 /// 2), to `smem` of Layout (kRows, kHeadDim).
-template <class PackedLayout, class Layout, int kThreads, class Element>
-__device__ __forceinline__ void widen_rows(const Element* packed, Element* smem, int32_t thread) {
+template <class PackedLayout, class Layout, int kThreads, class Packed, class Element>
+__device__ __forceinline__ void widen_rows(const Packed* packed, Element* smem, int32_t thread) {
   // Eight lanes whose units of a row fall into two atoms begin with different halves, or they would meet in the banks.
   const bool swapped = ThreadUnits<PackedLayout, kThreads>::kUnits == 8 && thread % 8 >= 4;
   ThreadUnits<PackedLayout, kThreads>::for_each(thread, [&](int32_t row) {

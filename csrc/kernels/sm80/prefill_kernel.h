@@ -22,13 +22,16 @@ template <class Traits, bool kPaged>
 class PrefillTile {
   using Element = typename Traits::Element;
   using Cached = typename Traits::Cached;
-  using Mma = typename Traits::Mma;
+  using Value = typename Traits::Value;
+  using MmaQk = typename Traits::MmaQk;
+  using MmaPv = typename Traits::MmaPv;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kBlockM = Traits::kBlockM;
   static constexpr int kBlockN = Traits::kBlockN;
   static constexpr int kStages = Traits::kStages;
   static constexpr int kRowsPerWarp = kBlockM / Traits::kWarps;
   static constexpr int kThreadRows = kRowsPerWarp / 8;
+  using Softmax = OnlineSoftmax<kThreadRows, Traits::kHeadroom>;
 
  public:
   __device__ PrefillTile(const AttentionArgs& args, const WorkTile& tile, Element* smem)
@@ -38,7 +41,7 @@ class PrefillTile {
         smem_k_(smem + kBlockM * kHeadDim),
         smem_v_(smem_k_ + kStages * Traits::kStageElements),
         thread_(static_cast<int32_t>(threadIdx.x)),
-        scale_(LogitScale::of(tile.scale * factor(args.p.k_scale))) {}
+        scale_(LogitScale::of(tile.scale * factor<Element>(args.p.k_scale))) {}
 
   __device__ void run() {
     KeyBlockIterator<> walk(tile_.ranges, kBlockN);
@@ -46,10 +49,10 @@ class PrefillTile {
     CUTE_UNROLL
     for (int i = 0; i < kStages; ++i) blocks[i] = walk.next();
 
-    auto acc_o = partition_fragment_C(Mma{}, Shape<Int<kBlockM>, Int<kHeadDim>>{});
+    auto acc_o = partition_fragment_C(MmaPv{}, Shape<Int<kBlockM>, Int<kHeadDim>>{});
     clear(acc_o);
     auto o = make_tensor(acc_o.data(), as_rows_and_columns(acc_o.layout()));
-    OnlineSoftmax<kThreadRows> softmax;
+    Softmax softmax;
 
     CUTE_UNROLL
     for (int i = 0; i < kStages; ++i) {
@@ -63,20 +66,20 @@ class PrefillTile {
         segment = static_cast<int32_t>(blocks[0].segment);
         rotate_queries(blocks[0].segment);
       }
-      auto acc_s = partition_fragment_C(Mma{}, Shape<Int<kBlockM>, Int<kBlockN>>{});
-      wait_for_oldest(smem_k_, 0, stage);  // K of this block; and all warps are done with V of the last one
+      auto acc_s = partition_fragment_C(MmaQk{}, Shape<Int<kBlockM>, Int<kBlockN>>{});
+      wait_for_oldest(smem_k_, widened_k(), stage);  // K of this block; and all warps are done with V of the last one
       load_values(blocks[kStages - 1], previous(stage));
-      multiply_qk<Mma>(acc_s, smem_q(), smem_k(stage), thread_);
+      multiply_qk<MmaQk>(acc_s, smem_q(), smem_k(stage), thread_);
       auto s = make_tensor(acc_s.data(), as_rows_and_columns(acc_s.layout()));
       if (tile_.ranges.needs_mask(blocks[0], kBlockN)) mask_logits(s, logit_coordinates(), args_, tile_, blocks[0], 0);
 
       CUTE_UNROLL
       for (int i = 0; i + 1 < kStages; ++i) blocks[i] = blocks[i + 1];
       blocks[kStages - 1] = walk.next();
-      wait_for_oldest(smem_v_, 1, stage);  // V of this block; and all warps are done with its K
+      wait_for_oldest(smem_v_, widened_v(), stage);  // V of this block; and all warps are done with its K
       load_keys(blocks[kStages - 1], stage);
       softmax.apply(softmax.advance(s, scale_.magnitude_log2), o);
-      multiply_pv<Mma>(acc_o, acc_s, smem_vt(stage), thread_);
+      multiply_pv<MmaPv>(acc_o, acc_s, smem_vt(stage), thread_);
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
     cp_async_wait<0>();
@@ -88,25 +91,28 @@ class PrefillTile {
   __device__ static int32_t previous(int32_t stage) { return stage == 0 ? kStages - 1 : stage - 1; }
 
   __device__ auto smem_q() const { return make_tensor(make_smem_ptr(smem_q_), typename Traits::SmemQ{}); }
-  // What the products read: a stage of a ring, or its numbers widened, those of K and those of V.
+  // What the products read: a stage of a ring, or its numbers widened.
   __device__ auto smem_k(int32_t stage) const {
-    return make_tensor(make_smem_ptr(Traits::kE4M3 ? widened(0) : smem_k_ + stage * Traits::kStageElements),
+    return make_tensor(make_smem_ptr(Traits::kE4M3 ? widened_k() : smem_k_ + stage * Traits::kStageElements),
                        typename Traits::SmemKv{});
   }
   __device__ auto smem_vt(int32_t stage) const {
-    return make_tensor(make_smem_ptr(Traits::kE4M3 ? widened(1) : smem_v_ + stage * Traits::kStageElements),
-                       typename Traits::SmemVt{});
+    auto* const values = reinterpret_cast<Value*>(smem_v_ + stage * Traits::kStageElements);
+    return make_tensor(make_smem_ptr(Traits::kE4M3 ? widened_v() : values), typename Traits::SmemVt{});
   }
-  __device__ Element* widened(int32_t values) const {
-    return smem_v_ + kStages * Traits::kStageElements + values * Traits::kWidenedElements;
-  }
+  __device__ Element* widened_k() const { return smem_v_ + kStages * Traits::kStageElements; }
+  __device__ Value* widened_v() const { return reinterpret_cast<Value*>(widened_k() + Traits::kWidenedElements); }
 
-  __device__ float factor(const CacheScale& scale) const { return cache_factor<Element, Cached>(scale, tile_.kv_head); }
+  // On products with K, which is read as T, or with V.
+  template <class T>
+  __device__ float factor(const CacheScale& scale) const {
+    return cache_factor<T, Cached>(scale, tile_.kv_head);
+  }
 
   // (rows, columns) of this thread's logits -> (row, column) of the tile.
   __device__ auto logit_coordinates() const {
     const auto all = make_identity_tensor(Shape<Int<kBlockM>, Int<kBlockN>>{});
-    const auto mine = Mma{}.get_slice(thread_).partition_C(all);
+    const auto mine = MmaQk{}.get_slice(thread_).partition_C(all);
     return make_tensor(mine.data(), as_rows_and_columns(mine.layout()));
   }
 
@@ -130,11 +136,12 @@ class PrefillTile {
   }
 
   // The place that is widened into was read before the barrier that this one follows.
-  __device__ __forceinline__ void wait_for_oldest(const Element* ring, int32_t values, int32_t stage) const {
+  template <class Widened>
+  __device__ __forceinline__ void wait_for_oldest(const Element* ring, Widened* widened, int32_t stage) const {
     cp_async_wait<2 * (kStages - 1)>();
     if constexpr (Traits::kE4M3) {
       widen_rows<typename Traits::SmemRing, typename Traits::SmemKv, Traits::kThreads>(
-          ring + stage * Traits::kStageElements, widened(values), thread_);
+          ring + stage * Traits::kStageElements, widened, thread_);
     }
     __syncthreads();
   }
@@ -153,12 +160,12 @@ class PrefillTile {
   }
 
   template <class Acc, class Rows>
-  __device__ void store(Acc& acc_o, Rows& o, const OnlineSoftmax<kThreadRows>& softmax) {
+  __device__ void store(Acc& acc_o, Rows& o, const Softmax& softmax) {
     const OutputRows<Element> rows{args_, tile_};
     const auto all = make_identity_tensor(Shape<Int<kBlockM>, Int<kHeadDim>>{});
-    const auto mine = Mma{}.get_slice(thread_).partition_C(all);
+    const auto mine = MmaPv{}.get_slice(thread_).partition_C(all);
     const auto coordinates = make_tensor(mine.data(), as_rows_and_columns(mine.layout()));
-    finish_rows(rows, softmax, o, coordinates, scale_.magnitude_log2, thread_ % 4 == 0, factor(args_.p.v_scale));
+    finish_rows(rows, softmax, o, coordinates, scale_.magnitude_log2, thread_ % 4 == 0, factor<Value>(args_.p.v_scale));
     if (args_.plan.num_splits == 1) store_rounded(acc_o, rows);
   }
 
@@ -166,7 +173,7 @@ class PrefillTile {
   template <class Acc>
   __device__ void store_rounded(const Acc& acc_o, const OutputRows<Element>& rows) {
     const auto rounded = convert_fragment<Element>(acc_o);
-    const auto copy_o = make_tiled_copy_C(Copy_Atom<UniversalCopy<uint32_t>, Element>{}, Mma{});
+    const auto copy_o = make_tiled_copy_C(Copy_Atom<UniversalCopy<uint32_t>, Element>{}, MmaPv{});
     const auto thr_copy_o = copy_o.get_slice(thread_);
     __syncwarp();
     auto staging = smem_q();

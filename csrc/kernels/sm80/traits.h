@@ -15,6 +15,15 @@ using namespace cute;  // NOLINT: the vocabulary of every line below
 /// What every GPU from 8.0 on can give to one CTA (8.6 and 8.9: 99 KB of 100).
 inline constexpr int kMaxSharedBytes = 99 * 1024;
 
+/// What values are multiplied as, and weights rounded to. fp16 holds every number of e4m3, and on GPUs that have
+/// instructions for e4m3 it is what they give.
+template <class Element, class Cached>
+using ValueOf = std::conditional_t<std::is_same_v<Cached, cutlass::float_e4m3_t>, cutlass::half_t, Element>;
+
+/// Weights of at most 2^15 use fp16's exponents as far as 2^-39 of the largest; it has 5 bits of them.
+template <class Cached>
+inline constexpr int kHeadroomOf = std::is_same_v<Cached, cutlass::float_e4m3_t> ? 15 : 0;
+
 template <class Element>
 using MmaAtom = std::conditional_t<std::is_same_v<Element, cutlass::bfloat16_t>,
                                    MMA_Atom<SM80_16x8x16_F32BF16BF16F32_TN>, MMA_Atom<SM80_16x8x16_F32F16F16F32_TN>>;
@@ -41,11 +50,13 @@ struct SmemRows {
 /// 128.
 ///
 /// Keys and values of a cache of e4m3 come into rings half the size, two numbers in the place of an element, and are
-/// widened into one more block of each, once for all warps.
+/// widened into one more block of each, once for all warps: keys to Element, values to Value.
 template <class Element_, int kHeadDim_, class Cached_ = Element_>
 struct PrefillTraits {
   using Element = Element_;
   using Cached = Cached_;
+  using Value = ValueOf<Element, Cached>;
+  static constexpr int kHeadroom = kHeadroomOf<Cached>;
   static constexpr bool kE4M3 = std::is_same_v<Cached, cutlass::float_e4m3_t>;
   static constexpr int kPacked = kE4M3 ? 2 : 1;  // numbers of the cache in the place of an element of a ring
   static constexpr int kHeadDim = kHeadDim_;
@@ -67,7 +78,10 @@ struct PrefillTraits {
   static constexpr int kSharedBytes = (kBlockM * kHeadDim + 2 * (kStages * kStageElements + kWidenedElements)) * 2;
   static_assert(kSharedBytes + 1024 <= kMaxSharedBytes);  // the tile lies there too
 
-  using Mma = TiledMMA<MmaAtom<Element>, Layout<Shape<Int<kWarps>, _1, _1>>, Tile<Int<16 * kWarps>, _16, _16>>;
+  template <class T>
+  using MmaOf = TiledMMA<MmaAtom<T>, Layout<Shape<Int<kWarps>, _1, _1>>, Tile<Int<16 * kWarps>, _16, _16>>;
+  using MmaQk = MmaOf<Element>;
+  using MmaPv = MmaOf<Value>;
 };
 
 constexpr int decode_stages(int head_dim) { return head_dim <= 64 ? 4 : head_dim <= 96 ? 3 : 2; }
@@ -84,6 +98,8 @@ template <class Element_, int kHeadDim_, class Cached_ = Element_, int kUnpacked
 struct DecodeTraits {
   using Element = Element_;
   using Cached = Cached_;
+  using Value = ValueOf<Element, Cached>;
+  static constexpr int kHeadroom = kHeadroomOf<Cached>;
   static constexpr bool kE4M3 = std::is_same_v<Cached, cutlass::float_e4m3_t>;
   static constexpr int kPacked = kE4M3 ? 2 : 1;  // numbers of the cache in the place of an element
   static constexpr int kHeadDim = kHeadDim_;
@@ -109,7 +125,10 @@ struct DecodeTraits {
   static constexpr int kExchangeBytes = kWarps * kBlockM * (kExchangeRow + 2) * 4;  // in the place of the ring
   static constexpr int kSharedBytes = kQueryBytes + (kRingBytes > kExchangeBytes ? kRingBytes : kExchangeBytes);
 
-  using Mma = TiledMMA<MmaAtom<Element>, Layout<Shape<_1, _1, _1>>, Tile<_16, _16, _16>>;
+  template <class T>
+  using MmaOf = TiledMMA<MmaAtom<T>, Layout<Shape<_1, _1, _1>>, Tile<_16, _16, _16>>;
+  using MmaQk = MmaOf<Element>;
+  using MmaPv = MmaOf<Value>;
 };
 
 }  // namespace dca::cuda::sm80

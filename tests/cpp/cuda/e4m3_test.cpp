@@ -1,4 +1,5 @@
 // Caches of 8-bit floating point on CUDA: attention by both kinds of tiles, append, refusals.
+#include <cmath>
 #include <cstdlib>
 #include <string>
 
@@ -127,6 +128,59 @@ TEST_P(CudaE4M3, EveryCodeIsReadExactly) {
   CodesProblem(s.dtype, 2, s.head_dim).expect_exact();
   CodesProblem(s.dtype, 17, s.head_dim).expect_exact();  // more rows than a decode tile has
   kernel_cases += 2;
+}
+
+// One key outweighs 4096 others e^18 times, each of which is too small a part of it for fp16 as it is. What remains of
+// the output is theirs alone.
+TEST_P(CudaE4M3, SmallWeightsCount) {
+  constexpr int32_t kKeys = 4097;
+  constexpr double kFirstKey = 2.25, kValue = 448.0, kLogit = 18.0;
+  const ProblemShape s = shape();
+  Tensor k(DType::Float8E4M3, 1, kKeys, 1, s.head_dim), v = k;
+  for (int32_t key = 0; key < kKeys; ++key) {
+    for (int32_t c = 0; c < s.head_dim; ++c) {
+      k.set(k.offset(0, key, 0) + c, key == 0 ? kFirstKey : 0.0);
+      v.set(v.offset(0, key, 0) + c, key == 0 ? 0.0 : kValue);
+    }
+  }
+  for (const int32_t rows : {1, 40}) {  // by decode tiles, and by prefill tiles where there are any
+    Tensor q(s.dtype, 1, rows, 2, s.head_dim);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int32_t c = 0; c < s.head_dim; ++c) {
+        for (const int32_t head : {0, 1}) q.set(q.offset(0, row, head) + c, 1.0);
+      }
+    }
+    Tensor out = q;
+    const Tables tables{kKeys + 1, 0};
+    AttentionParams p;
+    p.dtype = s.dtype;
+    p.cache_dtype = DType::Float8E4M3;
+    p.chunk = {kKeys, kKeys};
+    p.batch = p.num_heads_kv = 1;
+    p.num_heads = 2;
+    p.head_dim = s.head_dim;
+    p.seqlen_q = rows;
+    p.seqlen_k = p.cache_seqlen = kKeys;
+    p.q = q.ref();
+    p.k = k.ref();
+    p.v = v.ref();
+    p.out = out.mutable_ref();
+    p.rotary = {tables.cos.data(), tables.sin.data(), kKeys + 1, 0, false};
+    p.softmax_scale = static_cast<float>(kLogit / (kFirstKey * s.head_dim));
+    p.num_splits = 1;
+    HostBuffers buffers;
+    for (const Tensor* tensor : {&q, &k, &v, &out}) buffers.push_back(buffer_of(tensor->bytes()));
+    buffers.push_back(buffer_of(tables.cos));
+    buffers.push_back(buffer_of(tables.sin));
+    const Status status = run_operator(p, buffers);
+    ASSERT_TRUE(status.ok()) << status.message();
+    for (int32_t row = 0; row < rows; ++row) {
+      const double others = (kKeys - rows + row) * std::exp(-kLogit);
+      const double expected = kValue * others / (1.0 + others);
+      EXPECT_NEAR(out.at(out.offset(0, row, 1)), expected, 0.01 * expected) << "row " << row << " of " << rows;
+    }
+    ++kernel_cases;
+  }
 }
 
 TEST_P(CudaE4M3, PagesThatTheCacheHasNot) {
