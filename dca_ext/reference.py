@@ -131,11 +131,22 @@ def attend(
         block_lse = torch.logsumexp(logits, dim=-1)
         # A row without keys has lse -inf; exp(-inf - 0) = 0 gives its zeros, where -inf - -inf would give NaN.
         weights = torch.exp(logits - block_lse.clamp(min=torch.finfo(q.dtype).min)[..., None])
-        # Unseen values may be anything, NaN included, and 0 * NaN is NaN.
-        visible_v = torch.where((logits > -math.inf).any(dim=1)[..., None], v_heads[:, : len(j)], 0)
-        out[rows] = (weights @ visible_v).transpose(0, 1)
+        out[rows] = _weighted_sum(weights, v_heads[:, : len(j)], logits > -math.inf).transpose(0, 1)
         lse[:, rows] = block_lse
     return out, lse
+
+
+def _weighted_sum(weights: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """weights (H, rows, keys) @ v (H, keys, D), each row over the keys that it has seen (H, rows, keys).
+
+    Values that a row does not see may be anything, and 0 * NaN is NaN: what is not finite is added key by key.
+    """
+    finite = v.isfinite()
+    total = weights @ torch.where(finite, v, 0)
+    for j in (~finite.all(dim=-1) & seen.any(dim=1)).any(dim=0).nonzero().flatten().tolist():
+        terms = weights[:, :, j, None] * torch.where(finite[:, j], 0, v[:, j])[:, None, :]
+        total += torch.where(seen[:, :, j, None], terms, 0)
+    return total
 
 
 # --- The operators ----------------------------------------------------------------------------------------------------

@@ -119,3 +119,14 @@ def test_blocks_of_rows_without_keys_are_zero():
 
 
 SMALLEST = DCAConfig(2, 3)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_reach_the_rows_that_see_them_and_no_others(value):
+    q, k, v = torch.randn(1, 20, 4, 8), torch.randn(1, 20, 2, 8), torch.randn(1, 20, 2, 8)
+    cos, sin = tables(FIGURE_2, 8)
+    expected = reference.dca_attention(q, k, v, cos, sin, FIGURE_2)
+    expected[0, 13:, 2:, 5] = value  # query heads 2 and 3 belong to KV head 1
+    v[0, 13, 1, 5] = value
+    out = reference.dca_attention(q, k, v, cos, sin, FIGURE_2)
+    torch.testing.assert_close(out, expected, equal_nan=True)
