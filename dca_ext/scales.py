@@ -21,11 +21,15 @@ def kv_cache_scale(x: Tensor, *, margin: float = 2.0) -> Tensor:
         margin: at least 1.
 
     Returns:
-        (num_heads_kv,), float32, on x's device. 1 for a head whose values are all 0.
+        (num_heads_kv,), float32, on x's device. 1 for a head whose values are all 0, or so small that their scale would
+        round to 0.
 
     Raises:
+        TypeError: if x is not a tensor.
         ValueError: if x has fewer than two dimensions, no elements or no floating dtype, or if margin is below 1.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor; got {type(x).__name__}")
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(f"x must have shape (..., num_heads_kv, head_dim) with elements in it; got {tuple(x.shape)}")
     if not x.is_floating_point():
@@ -34,4 +38,4 @@ def kv_cache_scale(x: Tensor, *, margin: float = 2.0) -> Tensor:
         raise ValueError(f"margin must be at least 1; got {margin}")
     largest = x.detach().float().abs().movedim(-2, 0).flatten(1).amax(dim=1)
     scale = margin / torch.finfo(torch.float8_e4m3fn).max * largest
-    return torch.where(largest == 0, 1.0, scale)
+    return torch.where(scale == 0, 1.0, scale)

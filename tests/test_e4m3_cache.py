@@ -189,6 +189,8 @@ def test_kv_cache_scale_leaves_room_for_the_rotation():
     torch.testing.assert_close(kv_cache_scale(k[0, 0], margin=1.0), k[0, 0].abs().amax(-1) / 448)
     assert torch.equal(kv_cache_scale(torch.zeros(3, 2, 8)), torch.ones(2))
     assert torch.equal(kv_cache_scale(k.half()), kv_cache_scale(k.half().float()))
+    for tiny in (1e-44, 1e-43, 2e-43, 1e-40):  # a scale of 0 is none
+        assert (kv_cache_scale(torch.full((3, 2, 8), tiny)) > 0).all()
 
 
 @pytest.mark.parametrize(
@@ -204,6 +206,8 @@ def test_kv_cache_scale_leaves_room_for_the_rotation():
 def test_kv_cache_scale_refuses(x, margin, message):
     with pytest.raises(ValueError, match=message):
         kv_cache_scale(x, margin=margin)
+    with pytest.raises(TypeError, match="x must be a tensor; got list"):
+        kv_cache_scale([[1.0]])
 
 
 # --- Refusals ---------------------------------------------------------------------------------------------------------
