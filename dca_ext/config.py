@@ -30,8 +30,8 @@ class DCAConfig:
         original_max_position_embeddings: the pretraining length that ``"yarn"`` divides by.
 
     Raises:
-        ValueError: unless ``1 <= chunk_len <= max_position <= 2 * chunk_len - 1``, for an unknown temperature, and for
-            ``"yarn"`` without ``original_max_position_embeddings``.
+        ValueError: unless ``1 <= chunk_len <= max_position <= 2 * chunk_len - 1``, for an unknown temperature, for
+            ``"yarn"`` without ``original_max_position_embeddings``, and for lengths of 2**31 or more.
         TypeError: for a length that is not an int.
     """
 
@@ -55,8 +55,8 @@ class DCAConfig:
         original = self.original_max_position_embeddings
         if original is not None:
             _require_int("original_max_position_embeddings", original)
-            if original < 1:
-                raise ValueError(f"original_max_position_embeddings must be at least 1; got {original}")
+            if not 1 <= original < 2**31:
+                raise ValueError(f"original_max_position_embeddings must be at least 1 and below 2**31; got {original}")
         elif self.temperature == "yarn":
             raise ValueError("temperature='yarn' needs original_max_position_embeddings; got None")
 

@@ -59,6 +59,8 @@ def test_temperature_is_checked():
         DCAConfig(4, 5, "hot")
     with pytest.raises(ValueError, match="original_max_position_embeddings must be at least 1"):
         DCAConfig(4, 5, "yarn", 0)
+    with pytest.raises(ValueError, match=r"original_max_position_embeddings must be .* below 2\*\*31; got 2147483648"):
+        DCAConfig(4, 5, "yarn", 2**31)
 
 
 def test_bad_presets_name_what_they_got():
