@@ -57,7 +57,7 @@ Status prepare(const Params& params, bool empty, bool* has_work) {
   return {};
 }
 
-// Runs a checked call. Nothing that the host side throws leaves the library.
+// Checks, and calls the backend if there is work for it. Nothing that the host side throws leaves the library.
 template <class Params, class Backend>
 Status run(const char* name, const Params& params, bool empty, Backend&& backend) try {
   bool has_work = false;
@@ -87,6 +87,11 @@ bool has_no_new_rows(const Params& p) {
 
 Status attention(const AttentionParams& params) {
   return run("attention", params, is_empty(params), on_cuda(params) ? cuda::attention : cpu::attention);
+}
+
+Status check_attention(const AttentionParams& params) {
+  return run("check_attention", params, is_empty(params),
+             [](const AttentionParams& p) { return on_cuda(p) ? cuda::check_attention(p) : Status(); });
 }
 
 Status attention_workspace_bytes(const AttentionParams& params, size_t* bytes) {

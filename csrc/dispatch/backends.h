@@ -31,6 +31,7 @@ bool available();
 Status unavailable();
 const char* architectures();
 Status attention(const AttentionParams& params);
+Status check_attention(const AttentionParams& params);
 Status attention_workspace_bytes(const AttentionParams& params, size_t* bytes);
 Status describe_attention(const AttentionParams& params, std::string* kernel);
 Status rotate_keys(const RotateKeysParams& params);

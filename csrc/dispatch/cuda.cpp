@@ -130,18 +130,9 @@ size_t workspace_bytes(const AttentionParams& p, const AttentionPlan& plan) {
   return static_cast<size_t>(rows * (static_cast<int64_t>(p.head_dim) + 1)) * sizeof(float);
 }
 
-}  // namespace
-
-bool available() { return true; }
-
-Status unavailable() { return {}; }
-
-const char* architectures() { return compiled_architectures(); }
-
-Status attention(const AttentionParams& p) {
-  Choice choice;
-  if (Status status = choose(p, &choice); !status.ok()) return status;
-  AttentionPlan& plan = choice.plan;
+Status choose_with_workspace(const AttentionParams& p, Choice* choice) {
+  if (Status status = choose(p, choice); !status.ok()) return status;
+  AttentionPlan& plan = choice->plan;
   if (const size_t bytes = workspace_bytes(p, plan); bytes > 0) {
     if (p.workspace == nullptr || p.workspace_bytes < bytes) {
       return {StatusCode::InvalidArgument, "workspace must have the " + std::to_string(bytes) +
@@ -154,8 +145,27 @@ Status attention(const AttentionParams& p) {
     plan.out_accum = static_cast<float*>(p.workspace);
     plan.lse_accum = plan.out_accum + plan.num_splits * total_rows(p) * p.num_heads * static_cast<int64_t>(p.head_dim);
   }
-  if (Status status = choice.instance->launch(p, plan); !status.ok()) return status;
-  return plan.num_splits > 1 ? launch_combine(p, plan) : Status();
+  return {};
+}
+
+}  // namespace
+
+bool available() { return true; }
+
+Status unavailable() { return {}; }
+
+const char* architectures() { return compiled_architectures(); }
+
+Status attention(const AttentionParams& p) {
+  Choice choice;
+  if (Status status = choose_with_workspace(p, &choice); !status.ok()) return status;
+  if (Status status = choice.instance->launch(p, choice.plan); !status.ok()) return status;
+  return choice.plan.num_splits > 1 ? launch_combine(p, choice.plan) : Status();
+}
+
+Status check_attention(const AttentionParams& p) {
+  Choice choice;
+  return choose_with_workspace(p, &choice);
 }
 
 Status attention_workspace_bytes(const AttentionParams& p, size_t* bytes) {

@@ -11,6 +11,7 @@ Status unavailable() {
 bool available() { return false; }
 const char* architectures() { return ""; }
 Status attention(const AttentionParams&) { return unavailable(); }
+Status check_attention(const AttentionParams&) { return unavailable(); }
 Status attention_workspace_bytes(const AttentionParams&, size_t*) { return unavailable(); }
 Status describe_attention(const AttentionParams&, std::string*) { return unavailable(); }
 Status rotate_keys(const RotateKeysParams&) { return unavailable(); }

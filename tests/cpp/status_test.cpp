@@ -89,6 +89,7 @@ class StatusAttention : public ::testing::Test {
       input.spoil(p);
       const std::vector<uint8_t> before = problem.out_tensor().bytes();
       expect_refused(attention(p), input.message_has);
+      expect_refused(check_attention(p), input.message_has);
       EXPECT_EQ(problem.out_tensor().bytes(), before) << "out was written";
       for (const double x : problem.lse()) ASSERT_TRUE(std::isnan(x)) << "lse was written";
     }
@@ -178,10 +179,18 @@ TEST_F(StatusAttention, TheWorkspaceOfARefusedCallIsEmpty) {
   EXPECT_EQ(bytes, 0u);
 }
 
+TEST_F(StatusAttention, ACheckComputesNothing) {
+  AttentionProblem problem(two_sequences());
+  const std::vector<uint8_t> before = problem.out_tensor().bytes();
+  EXPECT_TRUE(check_attention(problem.params()).ok());
+  EXPECT_EQ(problem.out_tensor().bytes(), before);
+}
+
 TEST_F(StatusAttention, CudaNeedsABuildWithCuda) {
   AttentionProblem problem({});
   AttentionParams p = problem.params();
   p.exec.device = Device::Cuda;
+  EXPECT_EQ(check_attention(p).code(), StatusCode::Unavailable);
   const Status status = attention(p);
   EXPECT_EQ(status.code(), StatusCode::Unavailable);
   EXPECT_NE(status.message().find("DCA_CUDA=ON"), std::string::npos) << status.message();

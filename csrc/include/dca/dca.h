@@ -43,6 +43,10 @@ class [[nodiscard]] Status {
 /// Attention over rotated keys: prefill, decode, chunked prefill, and single segments.
 Status attention(const AttentionParams& params);
 
+/// What attention(params) would refuse, without computing. Asked before the rotate_and_append_kv() in front of an
+/// attention, it keeps a refusal from coming after the write.
+Status check_attention(const AttentionParams& params);
+
 /// Bytes of AttentionParams::workspace that attention(params) needs; 0 where keys are not split.
 Status attention_workspace_bytes(const AttentionParams& params, size_t* bytes);
 
