@@ -35,13 +35,25 @@ Source: An et al. 2024, "Training-Free Long-Context Scaling of Large Language Mo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 import dca_ext.operators  # noqa: F401  (registers torch.ops.dca_ext)
+from dca_ext.arguments import (
+    require_bools,
+    require_borders,
+    require_config,
+    require_int,
+    require_number_or_none,
+    require_pair,
+    require_tensors,
+    require_tensors_or_none,
+    split_lengths,
+    split_scales,
+    split_written_scales,
+)
 from dca_ext.config import DCAConfig
 
 SEGMENTS = ("intra", "successive", "inter")
@@ -79,7 +91,7 @@ def dca_attention(
     Returns:
         out, or (out, lse).
     """
-    _require_tensors(q=q, k=k, v=v)
+    require_tensors(q=q, k=k, v=v)
     if q.dim() == 4 and k.dim() == 4 and k.shape[:2] != q.shape[:2]:
         raise ValueError(
             f"k must have q's batch size and length {tuple(q.shape[:2])}; got {tuple(k.shape[:2])}; for queries at the "
@@ -135,10 +147,12 @@ def dca_attention_varlen(
     Returns:
         out, or (out, lse).
     """
-    _require_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q)
+    require_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
+    require_int("max_seqlen_q", max_seqlen_q)
+    require_config(config)
+    require_bools(interleaved=interleaved)
     if q.dim() == 3 and k.dim() == 3 and k.shape[0] != q.shape[0]:
         raise ValueError(f"k must have as many rows as q ({q.shape[0]}); got {k.shape[0]}")
-    _require_config(config)
     k = torch.ops.dca_ext.rotate_keys(
         k,
         rotary_cos,
@@ -193,9 +207,11 @@ def rotate_keys(
     Returns:
         Contiguous, like k: rotation in float32, one rounding to k's dtype.
     """
-    _require_tensors(k=k, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
-    _require_config(config)
-    lengths, length = _split_lengths(cache_seqlens)
+    require_tensors(k=k, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
+    require_tensors_or_none(cache_leftpad=cache_leftpad)
+    require_config(config)
+    require_bools(interleaved=interleaved)
+    lengths, length = split_lengths(cache_seqlens)
     return torch.ops.dca_ext.rotate_keys(
         k,
         rotary_cos,
@@ -257,18 +273,16 @@ def rotate_and_append_kv(
             not finite and above 0, and for an int8 cache without scales.
         NotImplementedError: if k or v requires grad and grad mode is on: no gradient flows into a cache.
     """
-    _require_tensors(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
-    _require_config(config)
-    _require_pair("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q)
+    require_tensors(k=k, v=v, k_cache=k_cache, v_cache=v_cache, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
+    require_tensors_or_none(cache_leftpad=cache_leftpad, page_table=page_table)
+    require_config(config)
+    require_borders(cu_seqlens_q, max_seqlen_q)
+    require_bools(interleaved=interleaved)
     if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
         raise NotImplementedError(
             "dca_ext::rotate_and_append_kv has no backward; run it under torch.no_grad() or detach k and v"
         )
-    lengths, length = _split_lengths(cache_seqlens)
-    k_scales, k_scale_value = _split_scale("k_scale", k_scale, k_cache)
-    v_scales, v_scale_value = _split_scale("v_scale", v_scale, v_cache)
-    # To the operator, scales that it reads and scales that it writes are different arguments.
-    writes_scales = k_cache.dtype == torch.int8
+    lengths, length = split_lengths(cache_seqlens)
     torch.ops.dca_ext.rotate_and_append_kv(
         k,
         v,
@@ -284,12 +298,7 @@ def rotate_and_append_kv(
         length,
         cache_leftpad,
         page_table,
-        None if writes_scales else k_scales,
-        k_scale_value,
-        None if writes_scales else v_scales,
-        v_scale_value,
-        k_scales if writes_scales else None,
-        v_scales if writes_scales else None,
+        *split_written_scales(k_scale, v_scale, k_cache, v_cache),
         interleaved,
     )
 
@@ -351,33 +360,8 @@ def dca_attention_with_kvcache(
     Returns:
         out, or (out, lse).
     """
-    _require_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
-    _require_pair("k", k, "v", v)
-    if k is not None and v is not None:
-        if k.shape[:-2] != q.shape[:-2]:
-            raise ValueError(f"k must have as many rows as q, {tuple(q.shape[:-2])}; got {tuple(k.shape[:-2])}")
-        batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-        _require_attendable(q, k_cache, v_cache, temperature, batch, num_splits)
-        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
-            q = _NoBackward.apply(q, k, v)
-            k, v = k.detach(), v.detach()
-        rotate_and_append_kv(
-            k,
-            v,
-            k_cache,
-            v_cache,
-            rotary_cos,
-            rotary_sin,
-            config,
-            cache_seqlens=cache_seqlens,
-            cache_leftpad=cache_leftpad,
-            page_table=page_table,
-            cu_seqlens_q=cu_seqlens_q,
-            max_seqlen_q=max_seqlen_q,
-            k_scale=k_scale,
-            v_scale=v_scale,
-            interleaved=interleaved,
-        )
+    require_pair("k", k, "v", v)
+    require_tensors_or_none(k=k, v=v)
     return _attention(
         q,
         k_cache,
@@ -385,8 +369,8 @@ def dca_attention_with_kvcache(
         rotary_cos,
         rotary_sin,
         config,
+        appended=None if k is None or v is None else (k, v),
         cache_seqlens=cache_seqlens,
-        lengths_before_append=k is not None,
         cu_seqlens_q=cu_seqlens_q,
         max_seqlen_q=max_seqlen_q,
         page_table=page_table,
@@ -487,29 +471,39 @@ def merge_attention_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tenso
     Returns:
         out in outs' dtype, and lse. Parts at -inf carry no weight; where all are, out is 0 and lse is -inf.
     """
-    parts = [list(part.unbind(0)) if isinstance(part, Tensor) else list(part) for part in (outs, lses)]
+    parts = [_parts("outs", outs), _parts("lses", lses)]
     if not parts[0] or len(parts[0]) != len(parts[1]):
         raise ValueError(
             f"outs and lses must have the same number of parts, at least one; got {len(parts[0])} and {len(parts[1])}"
         )
     for name, part in zip(("outs", "lses"), parts, strict=True):
-        _require_tensors(**{f"{name}[{i}]": t for i, t in enumerate(part)})
+        require_tensors(**{f"{name}[{i}]": t for i, t in enumerate(part)})
     return torch.ops.dca_ext.merge_attention_states(*parts)
 
 
 # --- What they share --------------------------------------------------------------------------------------------------
 
 
+def _parts(name: str, parts: Sequence[Tensor] | Tensor) -> list[Tensor]:
+    if isinstance(parts, list | tuple):
+        return list(parts)
+    if not isinstance(parts, Tensor):
+        raise TypeError(f"{name} must be a list of tensors, or one stacked in dimension 0; got {type(parts).__name__}")
+    if parts.dim() == 0:
+        raise ValueError(f"{name} must be stacked in dimension 0, if it is one tensor; got shape ()")
+    return list(parts.unbind(0))
+
+
 class _NoBackward(torch.autograd.Function):
-    """Identity on q that ties it to the keys and values that a cache took out of the graph."""
+    """Identity on out and lse that ties them to what appending and attending took out of the graph."""
 
     @staticmethod
-    def forward(ctx: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return q.view_as(q)
+    def forward(ctx: object, out: Tensor, lse: Tensor, *sources: Tensor) -> tuple[Tensor, Tensor]:
+        return out.view_as(out), lse.view_as(lse)
 
     @staticmethod
     def backward(ctx: object, *grads: Tensor) -> None:
-        raise NotImplementedError("dca_ext::rotate_and_append_kv has no backward; run it under torch.no_grad()")
+        raise NotImplementedError("dca_ext::append_and_attend has no backward; run it under torch.no_grad()")
 
 
 def _attention(
@@ -520,9 +514,9 @@ def _attention(
     rotary_sin: Tensor,
     config: DCAConfig,
     *,
+    appended: tuple[Tensor, Tensor] | None = None,
     segment: int = -1,
     cache_seqlens: int | Tensor = 0,
-    lengths_before_append: bool = False,
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | None = None,
     keys_are_ragged: bool = False,
@@ -536,114 +530,37 @@ def _attention(
     interleaved: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The one call of the attention operator: all of the above differ only in what they fill in."""
-    _require_tensors(q=q, k_cache=k, v_cache=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
-    _require_config(config)
-    _require_pair("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q)
-    lengths, length = _split_lengths(cache_seqlens)
-    k_scales, k_scale_value = _split_scale("k_scale", k_scale, k)
-    v_scales, v_scale_value = _split_scale("v_scale", v_scale, v)
-    max_rows = max_seqlen_q or 0
+    """The one call of the attention operators: all of the above differ only in what they fill in."""
+    require_tensors(q=q, k_cache=k, v_cache=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
+    require_tensors_or_none(temperature=temperature, cache_leftpad=cache_leftpad, page_table=page_table)
+    require_config(config)
+    require_borders(cu_seqlens_q, max_seqlen_q)
+    require_number_or_none("softmax_scale", softmax_scale)
+    require_int("num_splits", num_splits)
+    require_bools(interleaved=interleaved, return_lse=return_lse)
+    geometry = (rotary_cos, rotary_sin, config.chunk_len, config.max_position)
+    rows = (cu_seqlens_q, max_seqlen_q or 0)
+    layout = (*split_lengths(cache_seqlens), cache_leftpad, page_table)
     yarn = temperature is None and config.temperature == "yarn"
-    out, lse = torch.ops.dca_ext.attention(
-        q,
-        k,
-        v,
-        rotary_cos,
-        rotary_sin,
-        config.chunk_len,
-        config.max_position,
-        segment,
-        cu_seqlens_q,
-        max_rows,
-        cu_seqlens_q if keys_are_ragged else None,
-        max_rows if keys_are_ragged else 0,
-        lengths,
-        length,
-        lengths_before_append,
-        cache_leftpad,
-        page_table,
-        k_scales,
-        k_scale_value,
-        v_scales,
-        v_scale_value,
-        1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale,
-        temperature,
-        (config.original_max_position_embeddings or 0) if yarn else 0,
-        num_splits,
-        interleaved,
-        return_lse,
-    )
+    original = (config.original_max_position_embeddings or 0) if yarn else 0
+    options = (softmax_scale, temperature, original, num_splits, interleaved, return_lse)
+    if appended is None:
+        key_rows = rows if keys_are_ragged else (None, 0)
+        read = split_scales(k_scale, v_scale, k, v)
+        out, lse = torch.ops.dca_ext.attention(q, k, v, *geometry, segment, *rows, *key_rows, *layout, *read, *options)
+    else:
+        written = split_written_scales(k_scale, v_scale, k, v)
+        out, lse = _append_and_attend(q, *appended, k, v, *geometry, *rows, *layout, *written, *options)
     return (out, lse) if return_lse else out
 
 
-def _split_lengths(cache_seqlens: int | Tensor) -> tuple[Tensor | None, int]:
-    """The operators take lengths as a tensor, or else as one number for all sequences."""
-    if isinstance(cache_seqlens, Tensor):
-        return cache_seqlens, 0
-    if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, int | torch.SymInt):
-        raise TypeError(f"cache_seqlens must be an int or an int32 tensor (batch,); got {type(cache_seqlens).__name__}")
-    return None, cache_seqlens
-
-
-def _split_scale(name: str, scale: float | Tensor | None, cache: Tensor) -> tuple[Tensor | None, float]:
-    """The operators take a scale as a tensor, or else as a number, which then needs no memory on the device."""
-    if cache.dtype == torch.int8:
-        if not isinstance(scale, Tensor):
-            given = "none" if scale is None else type(scale).__name__
-            raise ValueError(
-                f"{name} of an int8 cache must be a float32 tensor with a scale for each slot and KV head; got {given}"
-            )
-        return scale, 1.0
-    if scale is None:
-        return None, 1.0
-    if cache.dtype != torch.float8_e4m3fn:
-        raise ValueError(
-            f"{name} must be None unless the caches are float8_e4m3fn or int8; got a scale for {cache.dtype}"
-        )
-    if isinstance(scale, Tensor):
-        return scale, 1.0
-    if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat):
-        raise TypeError(
-            f"{name} must be a float, or a float32 tensor (), (1,) or (num_heads_kv,); got {type(scale).__name__}"
-        )
-    return None, scale
-
-
-def _require_attendable(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, temperature: Tensor | None, batch: int, num_splits: int
-) -> None:
-    """What attending could refuse and appending does not look at, asked before anything is written."""
-    if q.stride(-1) != 1 and q.shape[-1] > 1:
-        raise ValueError(f"q must be contiguous in its last dimension; got stride {q.stride(-1)}")
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.dtype not in (q.dtype, torch.float8_e4m3fn, torch.int8) or cache.device != q.device:
-            raise ValueError(
-                f"{name} must have the dtype of q, or float8_e4m3fn or int8, and be on its device ({q.dtype}, "
-                f"{q.device}); got {cache.dtype}, {cache.device}"
-            )
-        if cache.dim() == 4 and cache.shape[3] != q.shape[-1]:
-            raise ValueError(f"head_dim of {name} must be that of q ({q.shape[-1]}); got {cache.shape[3]}")
-        if cache.dim() == 4 and (cache.shape[2] == 0 or q.shape[-2] % cache.shape[2] != 0):
-            raise ValueError(f"num_heads of q must be a multiple of num_heads_kv ({cache.shape[2]}); got {q.shape[-2]}")
-    if temperature is not None and (temperature.dtype != torch.float32 or temperature.shape != (batch,)):
-        raise ValueError(f"temperature must be float32 ({batch},); got {temperature.dtype} {tuple(temperature.shape)}")
-    if not 0 <= num_splits <= 256:
-        raise ValueError(f"num_splits must be between 0 (choose) and 256; got {num_splits}")
-
-
-def _require_config(config: DCAConfig) -> None:
-    if not isinstance(config, DCAConfig):
-        raise TypeError(f"config must be a DCAConfig; got {type(config).__name__}")
-
-
-def _require_tensors(**tensors: object) -> None:
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
-
-
-def _require_pair(first_name: str, first: object, second_name: str, second: object) -> None:
-    if (first is None) != (second is None):
-        given, missing = (first_name, second_name) if second is None else (second_name, first_name)
-        raise ValueError(f"{first_name} and {second_name} go together; got {given} without {missing}")
+def _append_and_attend(*arguments: object) -> tuple[Tensor, Tensor]:
+    """Torch takes no autograd formula for an operator that mutates, so that its results are tied to its inputs here."""
+    if not torch.is_grad_enabled():
+        return torch.ops.dca_ext.append_and_attend(*arguments)
+    differentiable = [t for t in arguments if isinstance(t, Tensor) and t.requires_grad]
+    if not differentiable:
+        return torch.ops.dca_ext.append_and_attend(*arguments)
+    with torch.no_grad():
+        out, lse = torch.ops.dca_ext.append_and_attend(*arguments)
+    return _NoBackward.apply(out, lse, *differentiable)

@@ -5,7 +5,9 @@ The kernels are in ``csrc``; the schemas are in ``csrc/torch/operators.cpp``. `d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,53 +29,37 @@ _load()
 # --- Output shapes for tracing: fake tensors in, fake tensors out -----------------------------------------------------
 
 
-@torch.library.register_fake("dca_ext::attention")
-def _attention_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rotary_cos: Tensor,
-    rotary_sin: Tensor,
-    chunk_len: int,
-    max_position: int,
-    segment: int,
-    cu_seqlens_q: Tensor | None,
-    max_seqlen_q: int,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_k: int,
-    cache_seqlens: Tensor | None,
-    cache_seqlen: int,
-    lengths_before_append: bool,
-    cache_leftpad: Tensor | None,
-    page_table: Tensor | None,
-    k_scale: Tensor | None,
-    k_scale_value: float,
-    v_scale: Tensor | None,
-    v_scale_value: float,
-    softmax_scale: float,
-    temperature: Tensor | None,
-    original_max_position_embeddings: int,
-    num_splits: int,
-    interleaved: bool,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
+def _like_queries(q: Tensor, return_lse: bool, **_: object) -> tuple[Tensor, Tensor]:
     lse_shape = (0,) if not return_lse else (*q.shape[:-3], q.shape[-2], q.shape[-3])
     return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
 
 
-@torch.library.register_fake("dca_ext::rotate_keys")
-def _rotate_keys_fake(k: Tensor, *_: object) -> Tensor:
+def _like_keys(k: Tensor, **_: object) -> Tensor:
     return k.new_empty(k.shape)
 
 
-@torch.library.register_fake("dca_ext::rotate_and_append_kv")
-def _rotate_and_append_kv_fake(*_: object) -> None:
+def _nothing(**_: object) -> None:
     return None
 
 
-@torch.library.register_fake("dca_ext::merge_attention_states")
-def _merge_attention_states_fake(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _like_parts(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
+
+
+def _register_fake(name: str, results: Callable[..., Any]) -> None:
+    names = [argument.name for argument in getattr(torch.ops.dca_ext, name).default._schema.arguments]
+
+    def fake(*args: object, **kwargs: object) -> Any:
+        return results(**dict(zip(names, args, strict=False)), **kwargs)
+
+    torch.library.register_fake(f"dca_ext::{name}", fake)
+
+
+_register_fake("attention", _like_queries)
+_register_fake("append_and_attend", _like_queries)
+_register_fake("rotate_keys", _like_keys)
+_register_fake("rotate_and_append_kv", _nothing)
+_register_fake("merge_attention_states", _like_parts)
 
 
 # --- Backward: none yet, and never silent zeros -----------------------------------------------------------------------

@@ -349,7 +349,7 @@ def test_opcheck():
     n, p = SMALL.chunk_len, SMALL.max_position
     cache = filled_cache(k, v, spare=0)
     attention = (
-        q, cache.k, cache.v, COS, SIN, n, p, -1, None, 0, None, 0, None, 50, False, None, None, cache.k_scale, 1.0,
+        q, cache.k, cache.v, COS, SIN, n, p, -1, None, 0, None, 0, None, 50, None, None, cache.k_scale, 1.0,
         cache.v_scale, 1.0, 0.25, None, 0, 0, False, True,
     )  # fmt: skip
     append_call = (

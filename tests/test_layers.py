@@ -64,13 +64,14 @@ def test_a_wrong_include_fails_the_configuration(file: str, include: str, tree: 
 ALLOWED = {
     "version": set(),
     "config": set(),
+    "arguments": {"config"},
     "operators": {"installation"},
     "scales": set(),
     "installation": {"_core"},
     "reference": {"config"},
     "rotary": {"config"},
     "cache": {"config"},
-    "functional": {"config", "operators"},
+    "functional": {"config", "arguments", "operators"},
     "attention": {"config", "functional", "rotary", "cache"},
     "patch": {"config", "attention", "cache", "rotary"},
     "cli": {"", "cli", "_core"},  # "": the public names

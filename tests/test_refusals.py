@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from oracle import SMALL, empty_cache, ragged_borders, tables
@@ -89,7 +90,7 @@ RAGGED = {
     "decreasing": (dict(cu_seqlens_q=lengths(0, 3, 2)), "must not decrease; entry 2 is 2 after 3"),
     "not to the end": (dict(cu_seqlens_q=lengths(0, 3, 5)), r"must end at the number of rows \(6\); got 5"),
     "longer than the maximum": (dict(max_seqlen_q=2), "got 2, and sequence 0 has 3 rows"),
-    "empty": (dict(cu_seqlens_q=lengths()), "must have batch . 1 entries"),
+    "empty": (dict(cu_seqlens_q=lengths()), r"must have batch \+ 1 entries in one dimension; got shape \(0\)"),
     "rows of k": (dict(k=torch.randn(5, KV_HEADS, DIM)), r"k must have as many rows as q \(6\); got 5"),
 }
 
@@ -117,17 +118,45 @@ CACHED = {
     "left padding": (dict(cache_leftpad=lengths(0, 4)), r"between 0 and the slots in use \(3\); got 4 for sequence 1"),
     "k without v": (dict(v=None), "k and v go together; got k without v"),
     "other rows in k": (dict(k=kv_of(seqlen=2)[0]), "k must have as many rows as q"),
-    "cache dtype": (dict(k_cache=torch.zeros(2, 10, KV_HEADS, DIM).bfloat16()), "k_cache must have the dtype of q"),
-    "cache heads": (dict(k_cache=torch.zeros(2, 10, 3, DIM)), "num_heads of q must be a multiple"),
+    "cache dtype": (dict(k_cache=torch.zeros(2, 10, KV_HEADS, DIM).bfloat16()), "k_cache .* dtype .*; got bfloat16"),
+    "cache heads": (dict(k_cache=torch.zeros(2, 10, 3, DIM)), r"k_cache must have shape \(2, 10, 2, 16\); got"),
+    "heads": (dict(q=q_of(heads=3)), r"num_heads must be a positive multiple of num_heads_kv \(2\); got 3"),
+    "no heads": (dict(q=q_of(heads=0)), r"num_heads must be a positive multiple of num_heads_kv \(2\); got 0"),
     "cache batch": (dict(k_cache=torch.zeros(1, 10, KV_HEADS, DIM)), "k_cache must have shape"),
     "v_cache slots": (dict(v_cache=torch.zeros(2, 9, KV_HEADS, DIM)), "v_cache must have shape"),
     "cu_seqlens without a maximum": (dict(cu_seqlens_q=lengths(0, 3, 6)), "cu_seqlens_q and max_seqlen_q go together"),
     "splits": (dict(num_splits=-1), "num_splits must be between 0"),
-    "temperature": (dict(temperature=torch.ones(3)), r"temperature must be float32 \(2,\)"),
-    "temperature in float64": (dict(temperature=torch.ones(2).double()), r"temperature must be float32 \(2,\)"),
+    "splits beyond int64": (dict(num_splits=2**63), "num_splits must fit in 32 bits; got 9223372036854775808"),
+    "splits as float": (dict(num_splits=1.5), "num_splits must be an int; got float"),
+    "splits None": (dict(num_splits=None), "num_splits must be an int; got NoneType"),
+    "temperature": (dict(temperature=torch.ones(3)), r"temperature must have shape \(2\); got \(3\)"),
+    "temperature in float64": (dict(temperature=torch.ones(2).double()), "temperature must be float32; got float64"),
+    "temperature expanded": (dict(temperature=torch.ones(1).expand(2)), "temperature must be contiguous"),
+    "temperature strided": (dict(temperature=torch.ones(4)[::2]), "temperature must be contiguous"),
+    "temperature as float": (dict(temperature=1.0), "temperature must be a tensor or None; got float"),
+    "softmax_scale": (dict(softmax_scale="x"), "softmax_scale must be a float or None; got str"),
+    "softmax_scale as tensor": (dict(softmax_scale=torch.ones(2)), "softmax_scale must be a float or None; got Tensor"),
+    "return_lse": (dict(return_lse="x"), "return_lse must be True or False; got 'x'"),
+    "interleaved": (dict(interleaved=1), "interleaved must be True or False; got 1"),
+    "k as list": (dict(k=[1.0]), "k must be a tensor or None; got list"),
+    "k in another dtype": (dict(k=K3.bfloat16(), v=V3.bfloat16()), r"k must have the dtype .* float32; got bfloat16"),
+    "cache as list": (dict(k_cache=[1.0]), "k_cache must be a tensor; got list"),
+    "page table as list": (dict(page_table=[[0]]), "page_table must be a tensor or None; got list"),
+    "left padding as list": (dict(cache_leftpad=[0, 0]), "cache_leftpad must be a tensor or None; got list"),
+    "no tables": (dict(rotary_cos=None), "rotary_cos must be a tensor; got NoneType"),
+    "one dimension": (dict(q=q_of()[0, 0, 0], k=K3[0, 0, 0], v=V3[0, 0, 0]), r"q must have 4 dimensions; got .*\(16\)"),
+    "no dimension": (dict(q=torch.tensor(1.0)), r"q must have 4 dimensions; got shape \(\)"),
+    "borders without a dimension": (
+        dict(cu_seqlens_q=torch.tensor(3, dtype=torch.int32), max_seqlen_q=3, q=q_of()[0], k=K3[0], v=V3[0]),
+        r"cu_seqlens_q must have batch \+ 1 entries in one dimension; got shape \(\)",
+    ),
+    "borders as list": (dict(cu_seqlens_q=[0, 3], max_seqlen_q=3), "cu_seqlens_q must be a tensor; got list"),
+    "maximum as float": (dict(cu_seqlens_q=lengths(0, 3), max_seqlen_q=3.0), "max_seqlen_q must be an int; got float"),
+    "length beyond int64": (dict(cache_seqlens=2**63), "cache_seqlens must fit in 32 bits; got 9223372036854775808"),
     "strided head_dim": (dict(q=q_of(dim=2 * DIM)[..., ::2]), "q must be contiguous in its last dimension"),
-    "q in another dtype": (dict(q=q_of(dtype=torch.float16)), "k_cache must have the dtype of q"),
-    "q of another head_dim": (dict(q=q_of(dim=8)), "head_dim of k_cache must be that of q"),
+    "q in another dtype": (dict(q=q_of(dtype=torch.float16)), r"k must have the dtype .* float16; got float32"),
+    "q in float64": (dict(q=q_of(dtype=torch.float64)), "q must be float32, bfloat16 or float16; got float64"),
+    "q of another head_dim": (dict(q=q_of(dim=8)), r"head_dim of k .*must be that of q \(8\); got 16"),
     "short tables": (dict(rotary_cos=COS[:-1].contiguous(), rotary_sin=SIN[:-1].contiguous()), "got 48"),
     "no config": (dict(config=None), "config must be a DCAConfig"),
 }  # fmt: skip
@@ -145,6 +174,39 @@ def test_cached_attention_refuses_and_leaves_the_caches_alone(name):
         dca_attention_with_kvcache(**arguments)
     assert cache.k.isnan().all()
     assert cache.v.isnan().all()
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(q=q_of(dtype=torch.float64)), "q must be float32, bfloat16 or float16; got float64"),
+        (dict(q=q_of(dtype=torch.bfloat16)), "k must have the dtype of the queries or keys, bfloat16; got float32"),
+        (dict(v=V3.half()), "v must have the dtype of the queries or keys, float32; got float16"),
+    ],
+)
+def test_queries_keys_and_values_share_a_dtype_whatever_the_caches_hold(changed, message, cache_dtype):
+    caches = [torch.full((2, 10, KV_HEADS, DIM), 1).to(cache_dtype) for _ in range(2)]
+    scales = [torch.ones(caches[0].shape[:3] if cache_dtype == torch.int8 else 1) for _ in range(2)]
+    arguments = dict(
+        q=q_of(), k_cache=caches[0], v_cache=caches[1], k_scale=scales[0], v_scale=scales[1], rotary_cos=COS,
+        rotary_sin=SIN, config=SMALL, k=K3, v=V3, cache_seqlens=0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        dca_attention_with_kvcache(**arguments | changed)
+    assert all((cache.float() == 1).all() for cache in caches)
+    assert all((scale == 1).all() for scale in scales)
+
+
+def test_a_bad_page_of_the_prefix_is_refused_before_the_append():
+    k_cache, v_cache = (torch.full((4, 8, KV_HEADS, DIM), math.nan) for _ in range(2))
+    with pytest.raises(ValueError, match="got 99 at sequence 0, page 0"):
+        dca_attention_with_kvcache(
+            q_of(), k_cache, v_cache, COS, SIN, SMALL, k=K3, v=V3, cache_seqlens=8,
+            page_table=lengths(99, 1, 2, 3).reshape(2, 2),
+        )  # fmt: skip
+    assert k_cache.isnan().all()
+    assert v_cache.isnan().all()
 
 
 PAGED = {
@@ -171,6 +233,55 @@ def test_paged_append_refuses_and_leaves_the_caches_alone(name):
         rotate_and_append_kv(**arguments | changed)
     assert k_cache.isnan().all()
     assert v_cache.isnan().all()
+
+
+SELF_KINDS = {
+    "no scale": (dict(softmax_scale="x"), "softmax_scale must be a float or None; got str"),
+    "no v": (dict(v=None), "v must be a tensor; got NoneType"),
+    "no tables": (dict(rotary_sin=None), "rotary_sin must be a tensor; got NoneType"),
+    "no flag": (dict(interleaved="x"), "interleaved must be True or False; got 'x'"),
+    "no temperature": (dict(temperature=1.0), "temperature must be a tensor or None; got float"),
+}
+RAGGED_KINDS = SELF_KINDS | {
+    "no maximum": (dict(max_seqlen_q=None), "max_seqlen_q must be an int; got NoneType"),
+    "maximum as float": (dict(max_seqlen_q=3.0), "max_seqlen_q must be an int; got float"),
+    "maximum as str": (dict(max_seqlen_q="3"), "max_seqlen_q must be an int; got str"),
+}
+
+
+@pytest.mark.parametrize("name", RAGGED_KINDS)
+def test_arguments_of_the_wrong_kind_are_type_errors(name):
+    changed, message = RAGGED_KINDS[name]
+    arguments = dict(q=q_of()[0], k=K3[0], v=V3[0], rotary_cos=COS, rotary_sin=SIN, config=SMALL)
+    with pytest.raises(TypeError, match=message):
+        dca_attention_varlen(**arguments | dict(cu_seqlens_q=lengths(0, 3), max_seqlen_q=3) | changed)
+    if name in SELF_KINDS:
+        with pytest.raises(TypeError, match=message):
+            dca_attention(**arguments | dict(q=q_of(), k=K3, v=V3) | changed)
+
+
+def test_numbers_of_numpy_will_do():
+    arguments = dict(q=q_of()[0], k=K3[0], v=V3[0], rotary_cos=COS, rotary_sin=SIN, config=SMALL)
+    arguments["cu_seqlens_q"] = lengths(0, 3)
+    out = dca_attention_varlen(**arguments, max_seqlen_q=np.int64(3), softmax_scale=np.float32(0.25))
+    assert torch.equal(out, dca_attention_varlen(**arguments, max_seqlen_q=3, softmax_scale=0.25))
+
+
+def test_shapes_without_what_they_need_are_refused():
+    empty = torch.zeros(2, 3, KV_HEADS, 0)
+    with pytest.raises(ValueError, match="head_dim must be between 1 and 1024; got 0"):
+        dca_attention_with_kvcache(
+            q_of(dim=0), empty, empty, COS[:, :0].contiguous(), SIN[:, :0].contiguous(), SMALL, cache_seqlens=3
+        )
+    borders = torch.tensor(3, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"must have batch \+ 1 entries in one dimension; got shape \(\)"):
+        dca_attention_varlen(q_of()[0], K3[0], V3[0], borders, 3, COS, SIN, SMALL)
+    with pytest.raises(ValueError, match="outs must be stacked in dimension 0"):
+        merge_attention_states(torch.tensor(1.0), torch.tensor(1.0))
+    with pytest.raises(ValueError, match="outs must have shape"):
+        merge_attention_states([torch.tensor(1.0)], [torch.tensor(1.0)])
+    with pytest.raises(TypeError, match="lses must be a list of tensors"):
+        merge_attention_states(torch.randn(2, 1, 3, 2, 8), 1.0)
 
 
 def test_segments_and_merges_refuse():

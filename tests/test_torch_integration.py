@@ -40,16 +40,15 @@ def operator_calls():
     n, p = SMALL.chunk_len, SMALL.max_position
     unscaled = (None, 1.0, None, 1.0)
     plain = (
-        q, k, v, COS, SIN, n, p, -1, None, 0, None, 0, None, 50, False, None, None, *unscaled, 0.25, None, 0, 0, False,
-        True,
+        q, k, v, COS, SIN, n, p, -1, None, 0, None, 0, None, 50, None, None, *unscaled, 0.25, None, 0, 0, False, True,
     )  # fmt: skip
     yield "attention", ops.attention, plain
     borders = ragged_borders(20, 30)
     flat = [x[0] for x in (q, k, v)]
     temperature = torch.ones(2)
     yield "attention, ragged", ops.attention, (
-        *flat, COS, SIN, n, p, -1, borders, 30, borders, 30, None, 0, False, None, None, *unscaled, 0.25,
-        temperature, 0, 0, False, False,
+        *flat, COS, SIN, n, p, -1, borders, 30, borders, 30, None, 0, None, None, *unscaled, None, temperature, 0, 0,
+        False, False,
     )  # fmt: skip
     cache = empty_cache(2, 64, KV_HEADS, DIM, torch.float32, page_size=16)
     lengths = torch.tensor([3, 5], dtype=torch.int32)
@@ -58,6 +57,16 @@ def operator_calls():
         False,
     )  # fmt: skip
     yield "append", ops.rotate_and_append_kv, append
+    zeros = [torch.zeros_like(pages) for pages in (cache.k, cache.v)]  # what is compared must not be NaN
+    yield "append and attend", ops.append_and_attend, (
+        q, k, v, *zeros, *append[4:-1], None, temperature, 0, 0, False, True,
+    )  # fmt: skip
+    numbers = tuple(torch.zeros(2, 64, KV_HEADS, DIM, dtype=torch.int8) for _ in range(2))
+    written = tuple(torch.zeros(2, 64, KV_HEADS) for _ in range(2))
+    yield "append to int8 and attend", ops.append_and_attend, (
+        q, k, v, *numbers, COS, SIN, n, p, None, 0, lengths, 0, None, None, *unscaled, *written, None, None, 0, 0,
+        False, False,
+    )  # fmt: skip
     yield "rotate", ops.rotate_keys, (k, COS, SIN, n, p, None, 0, lengths, 0, None, True)
     yield "merge", ops.merge_attention_states, ([q, q], [torch.randn(2, HEADS, 50)] * 2)
 

@@ -3,6 +3,7 @@
 #include "device_scope.h"
 #include "tensor_args.h"
 
+#include <cmath>
 #include <tuple>
 #include <vector>
 
@@ -18,20 +19,35 @@ SegmentSelection segment_selection(int64_t segment) {
   return static_cast<SegmentSelection>(segment);
 }
 
-}  // namespace
+/// Of ragged rows the batch size that their borders give.
+int64_t batch_of(const char* name, const OptionalTensor& cu_seqlens, const Tensor& rows) {
+  if (!cu_seqlens.has_value()) return rows.size(0);
+  if (cu_seqlens->dim() != 1 || cu_seqlens->size(0) == 0) {
+    refuse(std::string(name) + " must have batch + 1 entries in one dimension; got shape " + shape_of(*cu_seqlens));
+  }
+  return cu_seqlens->size(0) - 1;
+}
 
-std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor rotary_cos, Tensor rotary_sin,
-                                     int64_t chunk_len, int64_t max_position, int64_t segment,
-                                     OptionalTensor cu_seqlens_q, int64_t max_seqlen_q, OptionalTensor cu_seqlens_k,
-                                     int64_t max_seqlen_k, OptionalTensor cache_seqlens, int64_t cache_seqlen,
-                                     bool lengths_before_append, OptionalTensor cache_leftpad, OptionalTensor pages,
-                                     OptionalTensor k_scale, double k_scale_value, OptionalTensor v_scale,
-                                     double v_scale_value, double softmax_scale, OptionalTensor temperature,
-                                     int64_t original_max_position_embeddings, int64_t num_splits, bool interleaved,
-                                     bool return_lse) {
+/// An attention ready to run: its parameters and the memory that they point to.
+struct AttentionCall {
+  AttentionParams p;
+  Tensor out;
+  Tensor lse;
+  std::optional<Tensor> workspace;
+};
+
+AttentionCall attention_call(const DeviceScope& scope, const Tensor& q, const Tensor& k, const Tensor& v,
+                             const Tensor& rotary_cos, const Tensor& rotary_sin, int64_t chunk_len,
+                             int64_t max_position, int64_t segment, const OptionalTensor& cu_seqlens_q,
+                             int64_t max_seqlen_q, const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_k,
+                             const OptionalTensor& cache_seqlens, int64_t cache_seqlen, bool lengths_before_append,
+                             const OptionalTensor& cache_leftpad, const OptionalTensor& pages,
+                             const OptionalTensor& k_scale, double k_scale_value, const OptionalTensor& v_scale,
+                             double v_scale_value, std::optional<double> softmax_scale,
+                             const OptionalTensor& temperature, int64_t original_max_position_embeddings,
+                             int64_t num_splits, bool interleaved, bool return_lse) {
   const bool ragged_q = cu_seqlens_q.has_value();
   const bool ragged_k = cu_seqlens_k.has_value();
-  const DeviceScope scope(q);
   AttentionParams p;
   p.exec = scope.execution();
   p.dtype = dtype_of("q", q);
@@ -41,8 +57,7 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor rotary
   check_same_cache_dtype("v (or v_cache)", v, k);
   const int64_t q_heads = q.dim() - 2;
   const int64_t k_heads = k.dim() - 2;
-  const int64_t batch = ragged_q ? cu_seqlens_q->size(0) - 1 : q.size(0);
-  if (batch < 0) refuse("cu_seqlens_q must have batch + 1 entries; got none");
+  const int64_t batch = batch_of("cu_seqlens_q", cu_seqlens_q, q);
   if (k.size(k_heads + 1) != q.size(q_heads + 1)) {
     refuse("head_dim of k (or k_cache) must be that of q (" + std::to_string(q.size(q_heads + 1)) + "); got " +
            std::to_string(k.size(k_heads + 1)));
@@ -82,7 +97,8 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor rotary
   p.cache_seqlens_before_append = lengths_before_append;
   p.cache_leftpad = int32_vector("cache_leftpad", cache_leftpad, q, batch);
   p.rotary = rotary_tables(rotary_cos, rotary_sin, q, interleaved);
-  p.softmax_scale = static_cast<float>(softmax_scale);
+  // A head_dim of 0 is refused by the core.
+  p.softmax_scale = static_cast<float>(softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(p.head_dim))));
   p.temperature = float_vector("temperature", temperature, q, batch);
   p.original_max_position_embeddings = to_int32("original_max_position_embeddings", original_max_position_embeddings);
   p.num_splits = to_int32("num_splits", num_splits);
@@ -103,8 +119,28 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor rotary
       p.workspace = workspace->mutable_data_ptr();
     }
   }
-  check_status(dca::attention(p));
-  return {out, lse};
+  return {p, out, lse, workspace};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor rotary_cos, Tensor rotary_sin,
+                                     int64_t chunk_len, int64_t max_position, int64_t segment,
+                                     OptionalTensor cu_seqlens_q, int64_t max_seqlen_q, OptionalTensor cu_seqlens_k,
+                                     int64_t max_seqlen_k, OptionalTensor cache_seqlens, int64_t cache_seqlen,
+                                     OptionalTensor cache_leftpad, OptionalTensor pages,
+                                     OptionalTensor k_scale, double k_scale_value, OptionalTensor v_scale,
+                                     double v_scale_value, std::optional<double> softmax_scale,
+                                     OptionalTensor temperature, int64_t original_max_position_embeddings,
+                                     int64_t num_splits, bool interleaved, bool return_lse) {
+  const DeviceScope scope(q);
+  const AttentionCall call = attention_call(
+      scope, q, k, v, rotary_cos, rotary_sin, chunk_len, max_position, segment, cu_seqlens_q, max_seqlen_q,
+      cu_seqlens_k, max_seqlen_k, cache_seqlens, cache_seqlen, /*lengths_before_append=*/false, cache_leftpad, pages,
+      k_scale, k_scale_value, v_scale, v_scale_value, softmax_scale, temperature, original_max_position_embeddings,
+      num_splits, interleaved, return_lse);
+  check_status(dca::attention(call.p));
+  return {call.out, call.lse};
 }
 
 namespace {
@@ -119,16 +155,15 @@ void fill_new_rows(Params& p, const DeviceScope& scope, const Tensor& k, const T
   p.exec = scope.execution();
   p.dtype = dtype_of("k", k);
   check_like("k", k, k, ragged ? 3 : 4);
-  const int64_t batch = ragged ? cu_seqlens->size(0) - 1 : k.size(0);
-  if (batch < 0) refuse("cu_seqlens must have batch + 1 entries; got none");
+  const int64_t batch = batch_of("cu_seqlens_q", cu_seqlens, k);
   p.chunk = chunk_geometry(chunk_len, max_position);
   p.batch = to_int32("batch", batch);
   p.num_heads_kv = to_int32("num_heads_kv", k.size(k.dim() - 2));
   p.head_dim = to_int32("head_dim", k.size(k.dim() - 1));
-  p.seqlen_k = to_int32("max_seqlen", ragged ? max_seqlen : k.size(1));
+  p.seqlen_k = to_int32("max_seqlen_q", ragged ? max_seqlen : k.size(1));
   p.total_k = ragged ? k.size(0) : 0;
   p.k = const_ref(k);
-  p.cu_seqlens_k = int32_vector("cu_seqlens", cu_seqlens, k, batch + 1);
+  p.cu_seqlens_k = int32_vector("cu_seqlens_q", cu_seqlens, k, batch + 1);
   p.cache_seqlens = int32_vector("cache_seqlens", cache_seqlens, k, batch);
   p.cache_seqlen = to_int32("cache_seqlens", int_or(cache_seqlens, cache_seqlen));
   p.cache_leftpad = int32_vector("cache_leftpad", cache_leftpad, k, batch);
@@ -151,13 +186,16 @@ Tensor rotate_keys(Tensor k, Tensor rotary_cos, Tensor rotary_sin, int64_t chunk
   return out;
 }
 
-void rotate_and_append_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor rotary_cos, Tensor rotary_sin,
-                          int64_t chunk_len, int64_t max_position, OptionalTensor cu_seqlens, int64_t max_seqlen,
-                          OptionalTensor cache_seqlens, int64_t cache_seqlen, OptionalTensor cache_leftpad,
-                          OptionalTensor pages, OptionalTensor k_scale, double k_scale_value, OptionalTensor v_scale,
-                          double v_scale_value, OptionalTensor k_scale_out, OptionalTensor v_scale_out,
-                          bool interleaved) {
-  const DeviceScope scope(k);
+namespace {
+
+AppendParams append_params(const DeviceScope& scope, const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                           const Tensor& v_cache, const Tensor& rotary_cos, const Tensor& rotary_sin,
+                           int64_t chunk_len, int64_t max_position, const OptionalTensor& cu_seqlens,
+                           int64_t max_seqlen, const OptionalTensor& cache_seqlens, int64_t cache_seqlen,
+                           const OptionalTensor& cache_leftpad, const OptionalTensor& pages,
+                           const OptionalTensor& k_scale, double k_scale_value, const OptionalTensor& v_scale,
+                           double v_scale_value, const OptionalTensor& k_scale_out, const OptionalTensor& v_scale_out,
+                           bool interleaved) {
   AppendParams p;
   fill_new_rows(p, scope, k, rotary_cos, rotary_sin, chunk_len, max_position, cu_seqlens, max_seqlen, cache_seqlens,
                 cache_seqlen, cache_leftpad, interleaved);
@@ -186,7 +224,55 @@ void rotate_and_append_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Te
   p.cache_slots =
       to_int32("the slots of a sequence",
                pages.has_value() ? static_cast<int64_t>(p.pages.max_pages) * p.pages.page_size : k_cache.size(1));
-  check_status(dca::rotate_and_append_kv(p));
+  return p;
+}
+
+}  // namespace
+
+void rotate_and_append_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor rotary_cos, Tensor rotary_sin,
+                          int64_t chunk_len, int64_t max_position, OptionalTensor cu_seqlens, int64_t max_seqlen,
+                          OptionalTensor cache_seqlens, int64_t cache_seqlen, OptionalTensor cache_leftpad,
+                          OptionalTensor pages, OptionalTensor k_scale, double k_scale_value, OptionalTensor v_scale,
+                          double v_scale_value, OptionalTensor k_scale_out, OptionalTensor v_scale_out,
+                          bool interleaved) {
+  const DeviceScope scope(k);
+  check_status(dca::rotate_and_append_kv(append_params(
+      scope, k, v, k_cache, v_cache, rotary_cos, rotary_sin, chunk_len, max_position, cu_seqlens, max_seqlen,
+      cache_seqlens, cache_seqlen, cache_leftpad, pages, k_scale, k_scale_value, v_scale, v_scale_value, k_scale_out,
+      v_scale_out, interleaved)));
+}
+
+std::tuple<Tensor, Tensor> append_and_attend(
+    Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor rotary_cos, Tensor rotary_sin,
+    int64_t chunk_len, int64_t max_position, OptionalTensor cu_seqlens_q, int64_t max_seqlen_q,
+    OptionalTensor cache_seqlens, int64_t cache_seqlen, OptionalTensor cache_leftpad, OptionalTensor pages,
+    OptionalTensor k_scale, double k_scale_value, OptionalTensor v_scale, double v_scale_value,
+    OptionalTensor k_scale_out, OptionalTensor v_scale_out, std::optional<double> softmax_scale,
+    OptionalTensor temperature, int64_t original_max_position_embeddings, int64_t num_splits, bool interleaved,
+    bool return_lse) {
+  const int64_t dims = cu_seqlens_q.has_value() ? 3 : 4;
+  dtype_of("q", q);
+  check_rows("q", q, dims);
+  check_like("k", k, q, dims);
+  if (k.size(0) != q.size(0) || (dims == 4 && k.size(1) != q.size(1))) {
+    refuse("k must have as many rows as q, of shape " + shape_of(q) + "; got shape " + shape_of(k));
+  }
+  const DeviceScope scope(q);
+  const AppendParams append =
+      append_params(scope, k, v, k_cache, v_cache, rotary_cos, rotary_sin, chunk_len, max_position, cu_seqlens_q,
+                    max_seqlen_q, cache_seqlens, cache_seqlen, cache_leftpad, pages, k_scale, k_scale_value, v_scale,
+                    v_scale_value, k_scale_out, v_scale_out, interleaved);
+  const AttentionCall call = attention_call(
+      scope, q, k_cache, v_cache, rotary_cos, rotary_sin, chunk_len, max_position, -1, cu_seqlens_q, max_seqlen_q, {},
+      0, cache_seqlens, cache_seqlen, /*lengths_before_append=*/true, cache_leftpad, pages,
+      k_scale_out.has_value() ? k_scale_out : k_scale, k_scale_value,
+      v_scale_out.has_value() ? v_scale_out : v_scale, v_scale_value, softmax_scale, temperature,
+      original_max_position_embeddings, num_splits, interleaved, return_lse);
+  // What the attention refuses, a bad page among tokens cached long ago for one, is refused before the append writes.
+  check_status(dca::check_attention(call.p));
+  check_status(dca::rotate_and_append_kv(append));
+  check_status(dca::attention(call.p));
+  return {call.out, call.lse};
 }
 
 std::tuple<Tensor, Tensor> merge_attention_states(std::vector<Tensor> outs, std::vector<Tensor> lses) {
@@ -215,7 +301,7 @@ std::tuple<Tensor, Tensor> merge_attention_states(std::vector<Tensor> outs, std:
   for (size_t i = 0; i < outs.size(); ++i) {
     check_like("outs", outs[i], first, first.dim());
     check_same_device("lses", lses[i], first);
-    if (lses[i].scalar_type() != ScalarType::Float) refuse("lses must be float32; got another dtype");
+    if (lses[i].scalar_type() != ScalarType::Float) refuse("lses must be float32; got " + dtype_name(lses[i]));
     if (ragged) {
       check_shape("outs", outs[i], {first.size(0), first.size(1), first.size(2)});
       check_shape("lses", lses[i], {first.size(1), first.size(0)});
@@ -247,11 +333,18 @@ STABLE_TORCH_LIBRARY(dca_ext, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor rotary_cos, Tensor rotary_sin, SymInt chunk_len, "
       "SymInt max_position, int segment, Tensor? cu_seqlens_q, SymInt max_seqlen_q, Tensor? cu_seqlens_k, "
-      "SymInt max_seqlen_k, Tensor? cache_seqlens, SymInt cache_seqlen, bool lengths_before_append, "
+      "SymInt max_seqlen_k, Tensor? cache_seqlens, SymInt cache_seqlen, "
       "Tensor? cache_leftpad, Tensor? page_table, Tensor? k_scale, float k_scale_value, Tensor? v_scale, "
-      "float v_scale_value, float softmax_scale, Tensor? temperature, "
+      "float v_scale_value, float? softmax_scale, Tensor? temperature, "
       "SymInt original_max_position_embeddings, int num_splits, bool interleaved, bool return_lse) -> (Tensor, "
       "Tensor)");
+  m.def(
+      "append_and_attend(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rotary_cos, "
+      "Tensor rotary_sin, SymInt chunk_len, SymInt max_position, Tensor? cu_seqlens_q, SymInt max_seqlen_q, "
+      "Tensor? cache_seqlens, SymInt cache_seqlen, Tensor? cache_leftpad, Tensor? page_table, Tensor? k_scale, "
+      "float k_scale_value, Tensor? v_scale, float v_scale_value, Tensor(c!)? k_scale_out, Tensor(d!)? v_scale_out, "
+      "float? softmax_scale, Tensor? temperature, SymInt original_max_position_embeddings, int num_splits, "
+      "bool interleaved, bool return_lse) -> (Tensor, Tensor)");
   m.def(
       "rotate_keys(Tensor k, Tensor rotary_cos, Tensor rotary_sin, SymInt chunk_len, SymInt max_position, "
       "Tensor? cu_seqlens, SymInt max_seqlen, Tensor? cache_seqlens, SymInt cache_seqlen, Tensor? cache_leftpad, "
@@ -269,6 +362,7 @@ STABLE_TORCH_LIBRARY(dca_ext, m) {
 #define DCA_IMPLEMENT(key)                                                                \
   STABLE_TORCH_LIBRARY_IMPL(dca_ext, key, m) {                                            \
     m.impl("attention", TORCH_BOX(&dca::torch_ops::attention));                           \
+    m.impl("append_and_attend", TORCH_BOX(&dca::torch_ops::append_and_attend));           \
     m.impl("rotate_keys", TORCH_BOX(&dca::torch_ops::rotate_keys));                       \
     m.impl("rotate_and_append_kv", TORCH_BOX(&dca::torch_ops::rotate_and_append_kv));     \
     m.impl("merge_attention_states", TORCH_BOX(&dca::torch_ops::merge_attention_states)); \

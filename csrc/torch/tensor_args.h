@@ -37,6 +37,29 @@ inline std::string shape_of(const Tensor& t) {
   return text + ")";
 }
 
+inline std::string dtype_name(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "another dtype";
+  }
+}
+
 inline DType dtype_of(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
@@ -46,7 +69,7 @@ inline DType dtype_of(const char* name, const Tensor& t) {
     case ScalarType::Half:
       return DType::Float16;
     default:
-      refuse(std::string(name) + " must be float32, bfloat16 or float16; got another dtype");
+      refuse(std::string(name) + " must be float32, bfloat16 or float16; got " + dtype_name(t));
   }
 }
 
@@ -87,8 +110,10 @@ inline void check_rows(const char* name, const Tensor& t, int64_t dims) {
 /// Like `q` in dtype and device, `dims` dimensions, the last of them contiguous.
 inline void check_like(const char* name, const Tensor& t, const Tensor& q, int64_t dims) {
   check_same_device(name, t, q);
-  if (t.scalar_type() != q.scalar_type())
-    refuse(std::string(name) + " must have the dtype of the queries or keys; got another");
+  if (t.scalar_type() != q.scalar_type()) {
+    refuse(std::string(name) + " must have the dtype of the queries or keys, " + dtype_name(q) + "; got " +
+           dtype_name(t));
+  }
   check_rows(name, t, dims);
 }
 
@@ -101,14 +126,17 @@ inline DType check_cache(const char* name, const Tensor& t, const Tensor& q, int
   } else if (t.scalar_type() == ScalarType::Char) {
     dtype = DType::Int8;
   } else if (t.scalar_type() != q.scalar_type()) {
-    refuse(std::string(name) + " must have the dtype of the queries or keys, or float8_e4m3fn or int8; got another");
+    refuse(std::string(name) + " must have the dtype of the queries or keys, " + dtype_name(q) +
+           ", or float8_e4m3fn or int8; got " + dtype_name(t));
   }
   check_rows(name, t, dims);
   return dtype;
 }
 
 inline void check_same_cache_dtype(const char* name, const Tensor& t, const Tensor& k) {
-  if (t.scalar_type() != k.scalar_type()) refuse(std::string(name) + " must have the dtype of k_cache; got another");
+  if (t.scalar_type() != k.scalar_type()) {
+    refuse(std::string(name) + " must have the dtype of k_cache, " + dtype_name(k) + "; got " + dtype_name(t));
+  }
 }
 
 /// (batch, seqlen, heads, head_dim), or (total, heads, head_dim) without a batch stride. What a view calls the stride
@@ -126,7 +154,7 @@ inline TensorRef ref(const Tensor& t) { return {t.mutable_data_ptr(), strides_of
 inline const int32_t* int32_vector(const char* name, const OptionalTensor& t, const Tensor& q, int64_t size) {
   if (!t.has_value()) return nullptr;
   check_same_device(name, *t, q);
-  if (t->scalar_type() != ScalarType::Int) refuse(std::string(name) + " must be int32; got another dtype");
+  if (t->scalar_type() != ScalarType::Int) refuse(std::string(name) + " must be int32; got " + dtype_name(*t));
   check_shape(name, *t, {size});
   if (!t->is_contiguous()) refuse(std::string(name) + " must be contiguous");
   return static_cast<const int32_t*>(t->const_data_ptr());
@@ -135,7 +163,7 @@ inline const int32_t* int32_vector(const char* name, const OptionalTensor& t, co
 inline const float* float_vector(const char* name, const OptionalTensor& t, const Tensor& q, int64_t size) {
   if (!t.has_value()) return nullptr;
   check_same_device(name, *t, q);
-  if (t->scalar_type() != ScalarType::Float) refuse(std::string(name) + " must be float32; got another dtype");
+  if (t->scalar_type() != ScalarType::Float) refuse(std::string(name) + " must be float32; got " + dtype_name(*t));
   check_shape(name, *t, {size});
   if (!t->is_contiguous()) refuse(std::string(name) + " must be contiguous");
   return static_cast<const float*>(t->const_data_ptr());
@@ -143,7 +171,7 @@ inline const float* float_vector(const char* name, const OptionalTensor& t, cons
 
 inline void check_scale_tensor(const char* name, const Tensor& t, const Tensor& q) {
   check_same_device(name, t, q);
-  if (t.scalar_type() != ScalarType::Float) refuse(std::string(name) + " must be float32; got another dtype");
+  if (t.scalar_type() != ScalarType::Float) refuse(std::string(name) + " must be float32; got " + dtype_name(t));
 }
 
 /// Strides of the scales of an int8 cache: float32, shaped like the cache without head_dim.
@@ -200,7 +228,7 @@ inline CacheScaleRef cache_scale_ref(const char* name, const OptionalTensor& t, 
 inline RotaryTables rotary_tables(const Tensor& cos, const Tensor& sin, const Tensor& q, bool interleaved) {
   for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"rotary_cos", cos}, {"rotary_sin", sin}}) {
     check_same_device(name, t, q);
-    if (t.scalar_type() != ScalarType::Float) refuse(std::string(name) + " must be float32; got another dtype");
+    if (t.scalar_type() != ScalarType::Float) refuse(std::string(name) + " must be float32; got " + dtype_name(t));
     if (t.dim() != 2) {
       refuse(std::string(name) + " must have shape (at least max_position + 1, rotary_dim / 2); got " + shape_of(t));
     }
@@ -215,7 +243,7 @@ inline RotaryTables rotary_tables(const Tensor& cos, const Tensor& sin, const Te
 inline PageTable page_table(const OptionalTensor& t, const Tensor& cache, const Tensor& q, int64_t batch) {
   if (!t.has_value()) return {};
   check_same_device("page_table", *t, q);
-  if (t->scalar_type() != ScalarType::Int) refuse("page_table must be int32; got another dtype");
+  if (t->scalar_type() != ScalarType::Int) refuse("page_table must be int32; got " + dtype_name(*t));
   if (t->dim() != 2 || t->size(0) != batch) {
     refuse("page_table must have shape (" + std::to_string(batch) + ", max_pages); got " + shape_of(*t));
   }
