@@ -5,7 +5,7 @@ The kernels are in ``csrc``; the schemas are in ``csrc/torch/operators.cpp``. `d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,28 @@ def _register_fake(name: str, results: Callable[..., Any]) -> None:
     names = [argument.name for argument in getattr(torch.ops.dca_ext, name).default._schema.arguments]
 
     def fake(*args: object, **kwargs: object) -> Any:
-        return results(**dict(zip(names, args, strict=False)), **kwargs)
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        _require_one_device(arguments)
+        return results(**arguments)
 
     torch.library.register_fake(f"dca_ext::{name}", fake)
+
+
+def _require_one_device(arguments: dict[str, Any]) -> None:
+    """One meta tensor among others leads torch here too, to results without values and appends that write nothing."""
+    tensors = list(_tensors(arguments))
+    first_name, first = tensors[0]
+    for name, tensor in tensors:
+        if tensor.device != first.device:
+            raise ValueError(f"{name} must be on the device of {first_name}, {first.device}; got {tensor.device}")
+
+
+def _tensors(arguments: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, list | tuple):
+            yield from ((f"{name}[{i}]", tensor) for i, tensor in enumerate(value))
 
 
 _register_fake("attention", _like_queries)

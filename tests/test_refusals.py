@@ -209,6 +209,41 @@ def test_a_bad_page_of_the_prefix_is_refused_before_the_append():
     assert v_cache.isnan().all()
 
 
+def of_each_operator():
+    """Public function and all its tensors, by name."""
+    q, (k, v) = q_of(), kv_of()
+    tables = dict(rotary_cos=COS, rotary_sin=SIN)
+    whole = dict(q=q, k=k, v=v, **tables, temperature=torch.ones(2))
+    flat = {name: t[0] for name, t in (("q", q), ("k", k), ("v", v))} | tables | dict(cu_seqlens_q=lengths(0, 3))
+    caches = dict(k_cache=torch.zeros(4, 8, KV_HEADS, DIM), v_cache=torch.zeros(4, 8, KV_HEADS, DIM))
+    where = dict(cache_seqlens=lengths(3, 4), cache_leftpad=lengths(1, 0), page_table=lengths(0, 1, 2, 3).reshape(2, 2))
+    cached = dict(q=q, **caches, **tables, **where)
+    yield dca_attention, whole, {}
+    yield dca_attention_varlen, flat, dict(max_seqlen_q=3)
+    yield rotate_keys, dict(k=k, **tables), {}
+    yield rotate_and_append_kv, dict(k=k, v=v, **caches, **tables, **where), {}
+    yield dca_attention_with_kvcache, cached, {}
+    yield dca_attention_with_kvcache, cached | dict(k=k, v=v, temperature=torch.ones(2)), {}
+    yield dca_segment_attention, cached, dict(segment="intra")
+
+
+@pytest.mark.parametrize(
+    ("operator", "tensors", "others", "name"),
+    [
+        pytest.param(operator, tensors, others, name, id=f"{operator.__name__}-{len(tensors)}-{name}")
+        for operator, tensors, others in of_each_operator()
+        for name in tensors
+    ],
+)
+def test_one_tensor_on_the_meta_device_is_refused(operator, tensors, others, name):
+    before = {key: t.clone() for key, t in tensors.items()}
+    with pytest.raises(ValueError, match=r"\w+ must be on the device of [qk], (cpu|meta); got (meta|cpu)"):
+        operator(**tensors | {name: tensors[name].to("meta")}, **others, config=SMALL)
+    assert all(torch.equal(before[key], t) for key, t in tensors.items())
+    results = operator(**{key: t.to("meta") for key, t in tensors.items()}, **others, config=SMALL)
+    assert all(t is None or t.device.type == "meta" for t in (results if isinstance(results, tuple) else [results]))
+
+
 PAGED = {
     "page of nobody": (
         dict(page_table=lengths(0, 5, 2, 3).reshape(2, 2)),
