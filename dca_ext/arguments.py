@@ -11,6 +11,7 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from dca_ext.config import DCAConfig
 
@@ -38,6 +39,18 @@ def require_tensors_or_none(**tensors: object) -> None:
     for name, value in tensors.items():
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor or None; got {type(value).__name__}")
+
+
+def require_no_tangents(*tensors: object) -> None:
+    """No forward-mode AD, to which operators cannot say that they have no derivative: it would go on with zeros.
+
+    Asked in grad mode alone, for it takes a while: inference is not to wait for it.
+    """
+    if not torch.is_grad_enabled():
+        return
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError("dca_ext's operators have no forward-mode derivative; call them without tangents")
 
 
 def require_bools(**flags: object) -> None:

@@ -27,7 +27,7 @@ visible key.
 Errors common to all: ValueError for a shape, dtype, device, stride or number that cannot be, and, on the CPU or with
 the environment variable DCA_CHECK=1, for values in length tensors, page tables and scale tensors; TypeError for an
 argument of the wrong kind; RuntimeError for a device that this build has no kernels for. Nothing has been written when
-they are raised. Backward raises NotImplementedError.
+they are raised. Backward raises NotImplementedError, and so do calls with tangents of forward-mode AD in grad mode.
 
 Source: An et al. 2024, "Training-Free Long-Context Scaling of Large Language Models" (arXiv 2402.17463), section 3.
 `dca_ext.reference` holds the same functions in readable torch.
@@ -46,6 +46,7 @@ from dca_ext.arguments import (
     require_borders,
     require_config,
     require_int,
+    require_no_tangents,
     require_number_or_none,
     require_pair,
     require_tensors,
@@ -148,6 +149,7 @@ def dca_attention_varlen(
         out, or (out, lse).
     """
     require_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
+    require_no_tangents(k)
     require_int("max_seqlen_q", max_seqlen_q)
     require_config(config)
     require_bools(interleaved=interleaved)
@@ -208,6 +210,7 @@ def rotate_keys(
         Contiguous, like k: rotation in float32, one rounding to k's dtype.
     """
     require_tensors(k=k, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
+    require_no_tangents(k)
     require_tensors_or_none(cache_leftpad=cache_leftpad)
     require_config(config)
     require_bools(interleaved=interleaved)
@@ -278,6 +281,7 @@ def rotate_and_append_kv(
     require_config(config)
     require_borders(cu_seqlens_q, max_seqlen_q)
     require_bools(interleaved=interleaved)
+    require_no_tangents(k, v)
     if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
         raise NotImplementedError(
             "dca_ext::rotate_and_append_kv has no backward; run it under torch.no_grad() or detach k and v"
@@ -478,6 +482,7 @@ def merge_attention_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tenso
         )
     for name, part in zip(("outs", "lses"), parts, strict=True):
         require_tensors(**{f"{name}[{i}]": t for i, t in enumerate(part)})
+    require_no_tangents(*parts[0], *parts[1])
     return torch.ops.dca_ext.merge_attention_states(*parts)
 
 
@@ -538,6 +543,7 @@ def _attention(
     require_number_or_none("softmax_scale", softmax_scale)
     require_int("num_splits", num_splits)
     require_bools(interleaved=interleaved, return_lse=return_lse)
+    require_no_tangents(q, k, v, temperature, *(appended or ()))
     geometry = (rotary_cos, rotary_sin, config.chunk_len, config.max_position)
     rows = (cu_seqlens_q, max_seqlen_q or 0)
     layout = (*split_lengths(cache_seqlens), cache_leftpad, page_table)

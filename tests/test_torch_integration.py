@@ -161,6 +161,31 @@ def test_merge_has_no_backward_either():
         merge_attention_states(outs, torch.randn(2, 1, 2, 3))[0].sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own import
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_forward_mode_says_that_there_is_none(which):
+    q, k, v = qkv(seqlen=3)
+    cache = empty_cache(2, 64, KV_HEADS, DIM, torch.float32)
+    calls = [
+        lambda *x: dca_attention(*x, COS, SIN, SMALL),
+        lambda q, k, v: dca_attention_varlen(q[0], k[0], v[0], ragged_borders(3), 3, COS, SIN, SMALL),
+        lambda q, k, v: dca_attention_with_kvcache(
+            q, cache.k, cache.v, COS, SIN, SMALL, k=k, v=v, cache_seqlens=torch.tensor([0, 1], dtype=torch.int32)
+        ),
+        lambda q, k, v: dca_segment_attention(q, k, v, COS, SIN, SMALL, segment="intra", cache_seqlens=3),
+        lambda *x: merge_attention_states([x[which], x[which]], [torch.randn(2, x[which].shape[2], 3)] * 2)[0],
+    ]
+    for call in calls:
+
+        def of_one(x, call=call):
+            return call(*[x if i == which else t for i, t in enumerate((q, k, v))])
+
+        x = (q, k, v)[which]
+        with torch.enable_grad(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.func.jvp(of_one, (x,), (torch.ones_like(x),))
+    assert cache.k.isnan().all()
+
+
 def test_the_public_names_exist_and_are_documented():
     for name in dca_ext.__all__:
         assert getattr(dca_ext, name) is not None
