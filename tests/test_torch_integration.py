@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import SMALL, empty_cache, ragged_borders, tables
+from torch._inductor.utils import run_and_get_code
 
 import dca_ext
 from dca_ext import (
@@ -120,6 +121,20 @@ def test_compiled_decode_mutates_the_cache_it_was_given(as_tensor):
     assert torch.equal(cache.k.nan_to_num(), twin.k.nan_to_num())
     assert not cache.k[:, :4].isnan().any()
     assert cache.k[:, 4:].isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own import
+def test_compiled_code_copies_no_cache():
+    def two_layers(q, k, v, caches):  # of one pool, so that the operator gets views
+        for k_cache, v_cache in caches:
+            q = cached_call(q * 2, k * 2, v * 2, k_cache, v_cache, 3) + 1
+        return q
+
+    q, k, v = qkv(seqlen=1)
+    caches = torch.zeros(2, 2, 2, 77, KV_HEADS, DIM)
+    _, code = run_and_get_code(torch.compile(two_layers, fullgraph=True), q, k, v, caches)
+    assert len(re.findall("append_and_attend.default\\(", code[0])) == 2
+    assert not [line for line in code[0].splitlines() if re.search(r"empty_strided\w*\(.*\b77\b|copy_|clone", line)]
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own import
