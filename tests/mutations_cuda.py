@@ -83,7 +83,7 @@ MUTATIONS = [
     Mutation(
         "merge: warps of a decode tile weigh the same",
         SM80 + "decode_tile.h",
-        "const float weight = exp2_approx(exchange_power(w, row) - largest);",
+        "const float weight = exp2_approx(exchange_max(w, row) - largest);",
         "const float weight = 1.0f;",
     ),
     Mutation(

@@ -92,14 +92,12 @@ struct OnlineSoftmax {
     }
   }
 
-  /// The power of two that row_sum counts.
-  __device__ __forceinline__ float power_of_sum(int r, float scale_log2) const {
-    return __fmul_rn(row_max[r], scale_log2) - kHeadroom;
-  }
+  /// log2 of what a sum of weights stands for.
+  __device__ __forceinline__ static float log2_of(float sum) { return log2f(sum) - kHeadroom; }
 
   /// Natural logarithm of the sum of exp(logit); -inf for a row without keys. After finish().
   __device__ __forceinline__ float lse(int r, float scale_log2) const {
-    return row_sum[r] == 0.0f ? -INFINITY : (power_of_sum(r, scale_log2) + log2f(row_sum[r])) * kLn2;
+    return row_sum[r] == 0.0f ? -INFINITY : (row_max[r] * scale_log2 + log2_of(row_sum[r])) * kLn2;
   }
 };
 

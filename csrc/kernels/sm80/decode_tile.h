@@ -152,11 +152,11 @@ class DecodeTile {
     return step;
   }
 
-  // exchange: O (kWarps, kBlockM, kExchangeRow) | power of two of the sum (kWarps, kBlockM) | sum (kWarps, kBlockM)
+  // exchange: O (kWarps, kBlockM, kExchangeRow) | max in powers of two (kWarps, kBlockM) | sum (kWarps, kBlockM)
   __device__ float* exchange_o(int32_t warp, int32_t row) const {
     return exchange_ + (warp * kBlockM + row) * Traits::kExchangeRow;
   }
-  __device__ float& exchange_power(int32_t warp, int32_t row) const {
+  __device__ float& exchange_max(int32_t warp, int32_t row) const {
     return exchange_[Traits::kWarps * kBlockM * Traits::kExchangeRow + warp * kBlockM + row];
   }
   __device__ float& exchange_sum(int32_t warp, int32_t row) const {
@@ -172,7 +172,7 @@ class DecodeTile {
       const int32_t row = get<0>(at(r, 0));
       publish_row(o, at, r, exchange_o(warp_, row));
       if (lane_ % 4 == 0) {
-        exchange_power(warp_, row) = softmax.power_of_sum(r, scale_.magnitude_log2);
+        exchange_max(warp_, row) = softmax.row_max[r] * scale_.magnitude_log2;
         exchange_sum(warp_, row) = softmax.row_sum[r];
       }
     }
@@ -203,12 +203,12 @@ class DecodeTile {
       const TileRow at = TileRow::of(args_, tile_, row);
       if (!at.valid || column >= args_.p.head_dim) continue;
       float largest = -INFINITY;
-      for (int w = 0; w < Traits::kWarps; ++w) largest = fmaxf(largest, exchange_power(w, row));
+      for (int w = 0; w < Traits::kWarps; ++w) largest = fmaxf(largest, exchange_max(w, row));
       float sum = 0.0f;
       float joined[8] = {};
       for (int w = 0; w < Traits::kWarps; ++w) {
         if (exchange_sum(w, row) == 0.0f) continue;
-        const float weight = exp2_approx(exchange_power(w, row) - largest);
+        const float weight = exp2_approx(exchange_max(w, row) - largest);
         sum += weight * exchange_sum(w, row);
         const float* const part = exchange_o(w, row) + column;
         CUTE_UNROLL
@@ -219,7 +219,8 @@ class DecodeTile {
       for (int c = 0; c < 8; ++c) joined[c] *= inverse;
       store_unit(rows, tile_.seqlen.row(at.position), at.head, column, joined);
       if (column == 0) {
-        rows.store_lse(tile_.seqlen.row(at.position), at.head, sum == 0.0f ? -INFINITY : (largest + log2f(sum)) * kLn2);
+        rows.store_lse(tile_.seqlen.row(at.position), at.head,
+                       sum == 0.0f ? -INFINITY : (largest + Softmax::log2_of(sum)) * kLn2);
       }
     }
   }
