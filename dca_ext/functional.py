@@ -333,8 +333,8 @@ def dca_attention_with_kvcache(
     """Attention over cached, rotated keys; the last query of a sequence is its last cached token.
 
     Any number of query rows: decode, multi-token verification, chunked prefill, several turns, and, with ragged q,
-    prefill and decode in one batch. With k and v it first does what `rotate_and_append_kv` does, in one operator, so that
-    what the attention refuses leaves the caches as they were.
+    prefill and decode in one batch. With k and v it first does what `rotate_and_append_kv` does, in one operator, so
+    that what the attention refuses leaves the caches as they were.
 
     Args:
         q: unrotated (batch, seqlen_q, num_heads, head_dim), or ragged (total_q, num_heads, head_dim).

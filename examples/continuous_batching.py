@@ -215,9 +215,10 @@ def main() -> None:
     from transformers.utils import logging
 
     from dca_ext.cli.act_tiny import load_tiny
+    from dca_ext.cli.devices import pick_device
 
     logging.set_verbosity_error()  # it would remark that the prompts are longer than the context
-    model = load_tiny("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_tiny(pick_device(None))
     dca_config = DCAConfig.from_pretraining_length(model.config.max_position_embeddings)
     engine = Engine(model, dca_config, num_pages=160)
     print(f"context {model.config.max_position_embeddings} tokens, {len(engine.pool.users)} pages of {PAGE_SIZE} slots")
