@@ -164,7 +164,7 @@ MUTATIONS = [
     Mutation(
         "bf16: O keeps the order of its channels",
         CPU + "row_walk.h",
-        "c_.mk.from_row_order(c_.state.row(row), c_.values.dtype, dim_);",
+        "c_.mk.unpack_output_row(c_.state.row(row), c_.values.dtype, dim_);",
         "",
     ),
     Mutation(
@@ -175,9 +175,23 @@ MUTATIONS = [
     ),
     Mutation(
         "bf16: the second number of each pair is left out",
-        CPU + "simd_packed.inc",
+        CPU + "simd_elements.inc",
         "return sum + bit_cast<Vec>(x & 0xffff0000u) * bit_cast<Vec>(y & 0xffff0000u);",
         "return sum;",
+        modes=("portable_bf16",),
+    ),
+    Mutation(
+        "bf16: a value without a partner is left out",
+        CPU + "simd_rows.inc",
+        "if (j < n) add_values<1>(weights, j, value + j * stride, stride, acc);",
+        "",
+        modes=("portable_bf16",),
+    ),
+    Mutation(
+        "bf16: the channels behind the last whole pair of vectors have half of each product",
+        CPU + "simd_row_operands.inc",
+        "(kCount == 2 ? load_halves(value + stride) << 16 : VecU{})",
+        "VecU{}",
         modes=("portable_bf16",),
     ),
     Mutation(

@@ -11,7 +11,6 @@
 namespace dca::cpu {
 
 inline constexpr int32_t kBlockKeys = 128;  ///< keys that a tile packs at a time; the row stride of its logits
-inline constexpr int32_t kRunKeys = 8;      ///< rows at a distance of 4 KiB that the ways of a small L1 cache hold
 inline constexpr int32_t kPanelGap = 16;    ///< words between panels of values
 inline constexpr int32_t kTileRows = 6;     ///< rows of a product in registers: 6 x 2 sums, 2 operands, 1 broadcast
 
@@ -30,7 +29,8 @@ struct HeadRows {
   }
 };
 
-/// `count` neighbouring rows of `heads` neighbouring heads. The products are quickest over kRunKeys of them.
+/// `count` neighbouring rows of `heads` neighbouring heads. The products take at most
+/// MicroKernels::run_keys of them, and are quickest over as many.
 struct RunRows {
   HeadRows first;  ///< of the first head
   int64_t head_stride = 0;
@@ -107,14 +107,21 @@ struct MicroKernels {
   void (*softmax_rows)(float* s, int64_t lds, int32_t m, const int32_t* counts, float* row_max, float* row_sum,
                        float* o, int64_t ldo, int32_t dim);
 
-  /// The products below may want the channels of a row in an order of their own, which depends on the dtype of the
-  /// cache. Puts a row of q into that order, and a row of o back.
-  void (*to_row_order)(float* row, DType cached, int32_t dim);
-  void (*from_row_order)(float* row, DType cached, int32_t dim);
+  /// The largest count of RunRows. So few rows at a distance of 4 KiB share the ways of one set of a small L1 cache.
+  int32_t (*run_keys)(DType cached);
 
-  /// s = q * keys^T for m query rows of each head, keys read where they are. q (heads * m, dim) and s (heads * m,
-  /// count; rows of kBlockKeys floats) are in the order of the heads. dim is a multiple of lanes.
-  void (*qk_rows)(const float* q, int32_t m, const RunRows& keys, int32_t dim, float* s);
+  /// How many runs later is what RunRows::next should point to, of runs of so many bytes.
+  int32_t (*runs_ahead)(int64_t bytes);
+
+  /// The products below have forms of their own for rows of q and o, which depend on the dtype of the cache. Puts a row
+  /// of q into its form, and a row of o back.
+  void (*pack_query_row)(float* row, DType cached, int32_t dim);
+  void (*unpack_output_row)(float* row, DType cached, int32_t dim);
+
+  /// s = factor * q * keys^T for m query rows of each head, keys read where they are. q (heads * m, dim), factors
+  /// (heads * m), equal for the rows of a head, and s (heads * m, count; rows of kBlockKeys floats) are in the order of
+  /// the heads. dim is a multiple of lanes.
+  void (*qk_rows)(const float* q, const float* factors, int32_t m, const RunRows& keys, int32_t dim, float* s);
 
   /// o (heads * m, dim) += p (heads * m, count; rows of kBlockKeys floats) * values, in the same way.
   void (*pv_rows)(const float* p, int32_t m, const RunRows& values, int32_t dim, float* o);

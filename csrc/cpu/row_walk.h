@@ -1,7 +1,7 @@
 // Few query rows, as in decode: keys and values are read where they lie, in their own dtype, once for all rows.
 //
-// A task may hold several KV heads. They take turns at every run of kRunKeys keys, so that memory is read straight on
-// where the heads of a key lie side by side; and what comes two runs later is asked for in advance.
+// A task may hold several KV heads. They take turns at every run of few keys, so that memory is read straight on
+// where the heads of a key lie side by side; and what comes some runs later is asked for in advance.
 #pragma once
 
 #include <algorithm>
@@ -14,26 +14,35 @@ namespace dca::cpu {
 
 /// Buffers of one worker. `dim` is head_dim rounded up to whole vectors.
 struct RowBuffers {
-  float* queries;  ///< (rows, dim)
+  float* queries;  ///< (rows, dim), packed
   float* logits;   ///< (rows, kBlockKeys)
+  float* factors;  ///< (rows), on the logits
   int32_t* seen;   ///< (rows)
 
-  static int64_t count(int64_t rows, int64_t dim) { return rows * (dim + kBlockKeys + 1); }
+  static int64_t count(int64_t rows, int64_t dim) { return rows * (dim + kBlockKeys + 2); }
   RowBuffers(int64_t rows, int64_t dim, float* memory) {
     logits = memory;
     queries = logits + rows * kBlockKeys;
-    seen = reinterpret_cast<int32_t*>(queries + rows * dim);
+    factors = queries + rows * dim;
+    seen = reinterpret_cast<int32_t*>(factors + rows);
   }
 };
 
 class RowWalk {
  public:
   RowWalk(const TaskContext& context, const RowBuffers& buffers)
-      : c_(context), w_(buffers), dim_(static_cast<int32_t>(context.state.dim)) {}
+      : c_(context),
+        w_(buffers),
+        dim_(static_cast<int32_t>(context.state.dim)),
+        run_keys_(context.mk.run_keys(context.keys.dtype)),
+        runs_ahead_(
+            context.mk.runs_ahead(static_cast<int64_t>(context.task.num_kv_heads()) * run_keys_ * context.p.head_dim *
+                                  static_cast<int64_t>(element_size(context.keys.dtype)))) {}
   RowWalk(const RowWalk&) = delete;
 
   void run() {
     c_.state.clear(c_.rows.count());
+    for (int32_t row = 0; row < c_.rows.count(); ++row) w_.factors[row] = c_.rows.logit_factor(row);
     for (SegmentIterator it(c_.p.chunk, c_.task.q_begin, c_.task.q_end, c_.p.segments, c_.task.window); !it.done();
          it.next()) {
       load_queries(it.segment());
@@ -47,13 +56,11 @@ class RowWalk {
       }
     }
     for (int32_t row = 0; row < c_.rows.count(); ++row) {
-      c_.mk.from_row_order(c_.state.row(row), c_.values.dtype, dim_);
+      c_.mk.unpack_output_row(c_.state.row(row), c_.values.dtype, dim_);
     }
   }
 
  private:
-  static constexpr int32_t kRunsAhead = 2;
-
   struct Runs {
     int32_t count = 0;
     RowRun run[kBlockKeys];
@@ -62,7 +69,7 @@ class RowWalk {
   // The runs of the block that starts at key `begin`.
   void find_runs(int32_t begin, int32_t end, Runs& runs) const {
     runs.count = 0;
-    c_.places.for_each_run(begin, std::min(kBlockKeys, end - begin), kRunKeys,
+    c_.places.for_each_run(begin, std::min(kBlockKeys, end - begin), run_keys_,
                            [&](const RowRun& run) { runs.run[runs.count++] = run; });
   }
 
@@ -70,18 +77,16 @@ class RowWalk {
     for (int32_t row = 0; row < c_.rows.count(); ++row) {
       float* const query = w_.queries + static_cast<int64_t>(row) * dim_;
       c_.rows.load(row, segment, dim_, query);
-      const float factor = c_.rows.logit_factor(row);
-      for (int32_t c = 0; c < dim_; ++c) query[c] *= factor;
-      c_.mk.to_row_order(query, c_.keys.dtype, dim_);
+      c_.mk.pack_query_row(query, c_.keys.dtype, dim_);
     }
   }
 
-  // Run i of `runs` of a cache, and where lies what is read two runs later: a run of the same block, or of what is read
-  // after it.
+  // Run i of `runs` of a cache, and where lies what is read runs_ahead_ later: a run of the same block, or of what is
+  // read after it.
   RunRows rows_of(const Cache& cache, const Runs& runs, int32_t i, const Cache& cache_after,
                   const Runs& runs_after) const {
     const int32_t head = c_.task.kv_head_begin;
-    const int32_t ahead = i + kRunsAhead;
+    const int32_t ahead = i + runs_ahead_;
     const void* next = nullptr;
     if (ahead < runs.count) {
       next = cache.rows(runs.run[ahead], head).data;
@@ -113,7 +118,7 @@ class RowWalk {
 
   void multiply_keys(const RowRun& run, const RunRows& keys) {
     float* const s = logits(0) + run.offset;
-    c_.mk.qk_rows(w_.queries, c_.rows.per_kv_head(), keys, dim_, s);
+    c_.mk.qk_rows(w_.queries, w_.factors, c_.rows.per_kv_head(), keys, dim_, s);
     c_.mk.scale_columns(s, c_.rows.per_kv_head(), keys);
   }
 
@@ -133,6 +138,8 @@ class RowWalk {
   const TaskContext& c_;
   const RowBuffers w_;
   const int32_t dim_;
+  const int32_t run_keys_;
+  const int32_t runs_ahead_;
   Runs runs_[2];
   Runs* now_ = runs_;       // of the block at hand
   Runs* next_ = runs_ + 1;  // of the one after it
