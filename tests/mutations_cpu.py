@@ -183,7 +183,7 @@ MUTATIONS = [
     Mutation(
         "bf16: a value without a partner is left out",
         CPU + "simd_rows.inc",
-        "if (j < n) add_values<1>(weights, j, value + j * stride, stride, acc);",
+        "if (kCount > 1 && j < n) add_values<1>(weights, j, value + j * stride, stride, acc);",
         "",
         modes=("portable_bf16",),
     ),

@@ -163,7 +163,7 @@ TEST(AttentionShapes, LargeLogits) {
   EXPECT_TRUE(problem.matches_reference(p));
 }
 
-// Many query rows, which pack their keys, and few, which read them in place. Key 95 is the last one of a run, and of
+// Many query rows, which pack their keys, and few, which read them in place. Key 95 is the last one of a run, seen by
 // all rows but the first; 97 lies inside of a run.
 TEST(AttentionShapes, NaNInAValueReachesExactlyTheRowsThatSeeIt) {
   for (const DType dtype : {DType::Float32, DType::BFloat16}) {
