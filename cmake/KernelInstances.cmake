@@ -17,6 +17,9 @@ if("90" IN_LIST DCA_CUDA_ARCHITECTURES OR "90a" IN_LIST DCA_CUDA_ARCHITECTURES)
     foreach(head_dim 64 96 128 256)
       list(APPEND DCA_ALL_CUDA_INSTANCES sm90-prefill-${dtype}-${head_dim} sm90-decode-${dtype}-${head_dim}
                                          sm90-decode-${dtype}-${head_dim}-e4m3)
+      if(head_dim LESS 256)  # there neither the consumers nor the warps that widen have registers enough
+        list(APPEND DCA_ALL_CUDA_INSTANCES sm90-prefill-${dtype}-${head_dim}-e4m3)
+      endif()
     endforeach()
   endforeach()
   if(DCA_CUDA_VARIANTS)

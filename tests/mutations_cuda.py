@@ -122,8 +122,8 @@ MUTATIONS = [
     Mutation(
         "e4m3: prefill tiles widen numbers in another order",
         SM80 + "e4m3_rows.h",
-        "return {low.x, low.y, high.x, high.y};",
-        "return {low.y, low.x, high.x, high.y};",
+        "elements = {low.x, low.y, high.x, high.y};",
+        "elements = {low.y, low.x, high.x, high.y};",
         tests="*E4M3*",
     ),
     Mutation(
@@ -175,22 +175,22 @@ MUTATIONS = [
     Mutation(
         "Hopper wait: K is not waited for",
         SM90 + "consumer.h",
-        "Barrier::wait(&shared_.k_full[at_.stage()], at_.phase()); }",
-        "}",
+        "Barrier::wait(&shared_.products.k_full[at_.stage()], at_.phase());",
+        "",
         ("late", "random"),
     ),
     Mutation(
         "Hopper wait: the producer does not wait for free places",
         SM90 + "producer.h",
-        "    EmptyBarrier::wait(&empty[at.stage()], at.phase_before());",
-        "    if (false) EmptyBarrier::wait(&empty[at.stage()], 0);",
+        "    EmptyBarrier::wait(&empty[at_.stage()], at_.phase_before());",
+        "    if (false) EmptyBarrier::wait(&empty[at_.stage()], 0);",
         ("race", "random", "late"),
     ),
     Mutation(
         "Hopper wait: the producer does not wait for the tile before the last",
         SM90 + "producer.h",
-        "      EmptyBarrier::wait(&shared_.tile_empty[slot.stage()], slot.phase_before());\n      WorkTile",
-        "      WorkTile",
+        "EmptyBarrier::wait(&shared_.tile_empty[slot_.stage()], slot_.phase_before());",
+        "",
         ("race", "random", "late"),
     ),
     Mutation(
@@ -220,6 +220,37 @@ MUTATIONS = [
         "    if (thread_ % 128 == 0) tma_store_wait<0>();",
         "",
         ("late", "race", "random"),
+    ),
+    Mutation(
+        "Hopper e4m3 wait: a block is widened before it has come",
+        SM90 + "widener.h",
+        "    Barrier::wait(&packed_full[from.stage()], from.phase());\n",
+        "",
+        ("late", "random"),
+        tests="*E4M3*",
+    ),
+    Mutation(
+        "Hopper e4m3 wait: a block is widened into a place in use",
+        SM90 + "widener.h",
+        "    EmptyBarrier::wait(&wide_empty[to.stage()], to.phase_before());\n",
+        "",
+        ("race", "random", "late"),
+        tests="*E4M3*",
+    ),
+    Mutation(
+        "Hopper e4m3 fence: what has been widened is not made visible to wgmma",
+        SM90 + "widener.h",
+        "    cutlass::arch::fence_view_async_shared();",
+        "",
+        ("race",),
+        tests="*E4M3*",
+    ),
+    Mutation(
+        "Hopper e4m3: the scale of the values is left out",
+        SM90 + "consumer.h",
+        "factor<Value>(args_.p.v_scale, tile)",
+        "1.0f",
+        tests="*E4M3*",
     ),
     Mutation(
         "Hopper decode: keys and values are not waited for",
@@ -259,25 +290,31 @@ OPTIONS = [
     *("-DDCA_CUDA=ON", "-DDCA_BUILD_TESTS=ON", "-DDCA_CUDA_STATIC_RUNTIME=OFF", "-DDCA_CUDA_ARCHITECTURES=80;90a"),
     "-DDCA_CUDA_ALLOW_SPILLS=ON",
     "-DDCA_CUDA_INSTANCES=prefill-bf16-64;decode-bf16-64;prefill-bf16-64-e4m3;decode-bf16-64-e4m3;"
-    "sm90-prefill-bf16-64;sm90-decode-bf16-64",
+    "sm90-prefill-bf16-64;sm90-prefill-bf16-64-e4m3;sm90-decode-bf16-64",
     f"-DCUTLASS_DIR={cutlass_dir()}",
 ]
 
 
 def run_tests(build: Path, mutation: Mutation, mode: str) -> bool:
-    """Tests of Hopper's kernels for mutations of theirs; all others for the rest."""
+    """Tests of Hopper's kernels for mutations of theirs, those of e4m3 on request; all others for the rest."""
     hopper = mutation.file.startswith(SM90)
     command = [str(build / "tests/cpp/cuda/dca_cuda_tests")]
     environment = {**os.environ, **MODES[mode]}
     if not has_gpu():
         command.insert(0, str(PTXSIM / "run"))
         environment["PTXSIM_BUILD"] = str(build / "ptxsim")
-    return is_green(command, "Sm90/*" if hopper else f"{mutation.tests}-Sm90/*", environment)
+    if not hopper:
+        tests = f"{mutation.tests}-Sm90/*"
+    elif mutation.tests == "*":
+        tests = "Sm90/*-*E4M3*"
+    else:
+        tests = f"Sm90/{mutation.tests}"
+    return is_green(command, tests, environment)
 
 
 SUITE = Suite(
     mutations=MUTATIONS,
-    unchanged=[Mutation("", SM80, "", ""), Mutation("", SM90, "", "")],
+    unchanged=[Mutation("", SM80, "", ""), Mutation("", SM90, "", ""), Mutation("", SM90, "", "", tests="*E4M3*")],
     modes=list(MODES),
     build=lambda tree, build: build_program(tree, build, "dca_cuda_tests", OPTIONS),
     run_tests=run_tests,

@@ -19,7 +19,8 @@ PTXSIM = Path(os.environ.get("PTXSIM_DIR", ROOT.parent / "shared" / "ptxsim"))
 #: pieces. All: DCA_CUDA_INSTANCES=all.
 INSTANCES = (
     "prefill-bf16-64;decode-bf16-64;prefill-fp16-128;decode-fp16-128;sm90-prefill-bf16-64;sm90-prefill-fp16-128;"
-    "decode-bf16-64-e4m3;prefill-bf16-64-e4m3;sm90-decode-bf16-64;sm90-decode-bf16-128-e4m3"
+    "decode-bf16-64-e4m3;prefill-bf16-64-e4m3;sm90-decode-bf16-64;sm90-decode-bf16-128-e4m3;"
+    "sm90-prefill-bf16-64-e4m3"
 )
 
 #: Orders of warps and of asynchronous copies to run under: at random, as late as is legal, and with a look at races.

@@ -1,37 +1,47 @@
 // Rows of e4m3 in shared memory become rows of elements, for prefill: once for all warps that read them.
 #pragma once
 
+#include <cutlass/arch/memory.h>
+
 #include "e4m3.h"
 #include "mainloop.h"
 
 namespace dca::cuda::sm80 {
 
-/// 8 elements of 8 numbers.
+/// 8 numbers become 8 elements in shared memory: one store, which compilers would otherwise take apart for some shapes.
 template <class Element>
-__device__ __forceinline__ uint4 widen_unit(uint32_t first, uint32_t last) {
-  const uint2 low = read_e4m3<Element>(first);
-  const uint2 high = read_e4m3<Element>(last);
-  return {low.x, low.y, high.x, high.y};
+__device__ __forceinline__ void widen_unit(uint2 numbers, Element* unit) {
+  const uint2 low = read_e4m3<Element>(numbers.x);
+  const uint2 high = read_e4m3<Element>(numbers.y);
+  const uint4 elements = {low.x, low.y, high.x, high.y};
+  cutlass::arch::shared_store<16>(cast_smem_ptr_to_uint(unit), &elements);
 }
 
-/// Widens the units that this thread itself has copied by load_rows into `packed`, of PackedLayout (kRows, kHeadDim /
-/// 2), to `smem` of Layout (kRows, kHeadDim).
+/// Widens the units that this thread itself copies by load_rows into `packed`, of PackedLayout (kRows, kHeadDim / 2),
+/// to `smem` of Layout (kRows, kHeadDim).
 template <class PackedLayout, class Layout, int kThreads, class Packed, class Element>
 __device__ __forceinline__ void widen_rows(const Packed* packed, Element* smem, int32_t thread) {
+  using Units = ThreadUnits<PackedLayout, kThreads>;
+  const int32_t row = thread / Units::kUnits;
+  const int32_t column = thread % Units::kUnits * 8;
+  if (Units::kRowsAtOnce > Units::kRows && row >= Units::kRows) return;
   // Eight lanes whose units of a row fall into two atoms begin with different halves, or they would meet in the banks.
-  const bool swapped = ThreadUnits<PackedLayout, kThreads>::kUnits == 8 && thread % 8 >= 4;
-  ThreadUnits<PackedLayout, kThreads>::for_each(thread, [&](int32_t row) {
-    return [&, row](int32_t column) {
-      const uint4 numbers = *reinterpret_cast<const uint4*>(packed + PackedLayout{}(row, column));
-      const uint4 low = widen_unit<Element>(numbers.x, numbers.y);
-      const uint4 high = widen_unit<Element>(numbers.z, numbers.w);
-      const auto store = [&](int32_t at, const uint4& unit) {
-        *reinterpret_cast<uint4*>(smem + Layout{}(row, at)) = unit;
-      };
-      store(2 * column + (swapped ? 8 : 0), swapped ? high : low);
-      store(2 * column + (swapped ? 0 : 8), swapped ? low : high);
-    };
-  });
+  const bool swapped = Units::kUnits == 8 && thread % 8 >= 4;
+  const Packed* const from = packed + PackedLayout{}(row, column);
+  Element* const first = smem + Layout{}(row, 2 * column + (swapped ? 8 : 0));
+  Element* const last = smem + Layout{}(row, 2 * column + (swapped ? 0 : 8));
+  CUTE_UNROLL
+  for (int further = 0; further < Units::kRows; further += Units::kRowsAtOnce) {
+    CUTE_UNROLL
+    for (int behind = 0; behind < Units::kHeadDim; behind += Units::kColumns) {
+      // Whole atoms further on, units are permuted alike: addresses differ by constants.
+      const uint4 numbers = *reinterpret_cast<const uint4*>(from + PackedLayout{}(further, behind));
+      const int32_t step = Layout{}(further, 2 * behind);
+      const uint2 low{numbers.x, numbers.y}, high{numbers.z, numbers.w};
+      widen_unit(swapped ? high : low, first + step);
+      widen_unit(swapped ? low : high, last + step);
+    }
+  }
 }
 
 }  // namespace dca::cuda::sm80

@@ -1,6 +1,7 @@
 // A consumer warpgroup: 64 query rows of each tile through all blocks of keys, one online softmax for all segments.
 #pragma once
 
+#include "e4m3.h"
 #include "mainloop.h"
 #include "output_rows.h"
 #include "producer.h"
@@ -10,6 +11,7 @@ namespace dca::cuda::sm90 {
 template <class Traits>
 class Consumer {
   using Element = typename Traits::Element;
+  using Value = typename Traits::Value;
   using Shared = typename Traits::Shared;
   using MmaQk = typename Traits::MmaQk;
   using MmaPv = typename Traits::MmaPv;
@@ -19,6 +21,7 @@ class Consumer {
   static constexpr int kBlockM = Traits::kBlockM;
   static constexpr int kBlockN = Traits::kBlockN;
   static constexpr int kThreadRows = 2;
+  using Softmax = OnlineSoftmax<kThreadRows, Traits::kHeadroom>;
 
  public:
   /// `thread` counts the threads of all consumers.
@@ -50,12 +53,12 @@ class Consumer {
   struct Fragments {
     decltype(partition_fragment_C(MmaPv{}, Shape<Int<kBlockM>, Int<kHeadDim>>{})) acc_o;
     decltype(partition_fragment_C(MmaQk{}, Shape<Int<kBlockM>, Int<kBlockN>>{})) acc_s;
-    decltype(make_tensor<Element>(acc_s.layout())) weights;  ///< of the block before, rounded
+    decltype(make_tensor<Value>(acc_s.layout())) weights;  ///< of the block before, rounded
 
     __device__ auto o() { return make_tensor(acc_o.data(), as_rows_and_columns(acc_o.layout())); }
     __device__ auto s() { return make_tensor(acc_s.data(), as_rows_and_columns(acc_s.layout())); }
     __device__ auto p() { return make_tensor(weights.data(), as_operand_a(weights.layout())); }
-    __device__ void keep_weights() { copy(convert_fragment<Element>(acc_s), weights); }
+    __device__ void keep_weights() { copy(convert_fragment<Value>(acc_s), weights); }
   };
 
   // S = Q K^T of a block is issued before O += P V of the block before it, whose products then run under this block's
@@ -65,12 +68,12 @@ class Consumer {
     KeyBlock block = walk.next();
     if (block.count > 0) rotate_queries(tile, block.segment);
 
-    const float scale_log2 = LogitScale::of(tile.scale).magnitude_log2;
+    const float scale_log2 = scale_of(tile).magnitude_log2;
     Fragments f;
     clear(f.acc_o);
     auto o = f.o();
     auto s = f.s();
-    OnlineSoftmax<kThreadRows> softmax;
+    Softmax softmax;
     if (block.count > 0) {
       wait_for_keys();
       Turns::take(warpgroup());
@@ -131,7 +134,7 @@ class Consumer {
   // After the wait for it.
   __device__ __forceinline__ void finish_qk(Fragments& f, const WorkTile& tile, const KeyBlock& block) const {
     warpgroup_fence_operand(f.acc_s);
-    release(shared_.k_empty[at_.stage()]);
+    release(shared_.products.k_empty[at_.stage()]);
     if (!tile.ranges.needs_mask(block, kBlockN)) return;
     auto s = f.s();
     mask_block(s, coordinates<kBlockN>(MmaQk{}), args_, tile, block, first_key_of(tile, block, kBlockN));
@@ -140,12 +143,22 @@ class Consumer {
   __device__ __forceinline__ void finish_pv(Fragments& f) const {
     warpgroup_wait<0>();
     warpgroup_fence_operand(f.acc_o);
-    release(shared_.v_empty[at_.before().stage()]);
+    release(shared_.products.v_empty[at_.before().stage()]);
   }
 
   __device__ auto smem_q() const { return make_tensor(make_smem_ptr(shared_.q), typename Traits::SmemQ{}); }
 
   __device__ __forceinline__ int32_t warpgroup() const { return thread_ / 128; }
+
+  // On products with K, which is read as T, or with V.
+  template <class T>
+  __device__ __forceinline__ float factor(const CacheScale& scale, const WorkTile& tile) const {
+    return cache_factor<T, typename Traits::Cached>(scale, tile.kv_head);
+  }
+
+  __device__ __forceinline__ LogitScale scale_of(const WorkTile& tile) const {
+    return LogitScale::of(tile.scale * factor<Element>(args_.p.k_scale, tile));
+  }
 
   // (rows, columns) of this thread's accumulators -> (row, column) of the tile.
   template <int kColumns, class Mma>
@@ -156,7 +169,7 @@ class Consumer {
 
   // ptxas moves a wait in front of whatever does not need its result, and so all exponentials behind the products that
   // they are to run under. A branch that hangs on their sums holds them back; sums are never negative.
-  __device__ __forceinline__ static void stay_in_front(const OnlineSoftmax<kThreadRows>& softmax) {
+  __device__ __forceinline__ static void stay_in_front(const Softmax& softmax) {
     if (softmax.row_sum[0] < 0.0f || softmax.row_sum[1] < 0.0f) __trap();
   }
 
@@ -167,10 +180,12 @@ class Consumer {
 
   // --- Keys and values ---
 
-  __device__ __forceinline__ void wait_for_keys() const { Barrier::wait(&shared_.k_full[at_.stage()], at_.phase()); }
+  __device__ __forceinline__ void wait_for_keys() const {
+    Barrier::wait(&shared_.products.k_full[at_.stage()], at_.phase());
+  }
 
   __device__ __forceinline__ void wait_for_values(const WorkTile& tile, const KeyBlock& block) const {
-    Barrier::wait(&shared_.v_full[at_.before().stage()], at_.before().phase());
+    Barrier::wait(&shared_.products.v_full[at_.before().stage()], at_.before().phase());
     const int32_t first_key = first_key_of(tile, block, kBlockN);
     const int32_t kv_len = tile.seqlen.kv_len;
     if (first_key < 0 || first_key + kBlockN > kv_len) clear_foreign_values(first_key, kv_len);
@@ -180,12 +195,12 @@ class Consumer {
   // consumers see the same blocks; each writer makes its zeros visible to wgmma before they meet.
   __device__ void clear_foreign_values(int32_t first_key, int32_t kv_len) const {
     auto sV = make_tensor(make_smem_ptr(shared_.v), typename Traits::SmemKvRing{});
-    constexpr int kUnits = kHeadDim / kVec<Element>;
-    Vec16<Element> zero;
+    constexpr int kUnits = kHeadDim / kVec<Value>;
+    Vec16<Value> zero;
     clear(zero);
     for (int32_t i = made_anew(thread_); i < kBlockN * kUnits; i += Traits::kConsumerThreads) {
       const int32_t key = first_key + i / kUnits;
-      if (key < 0 || key >= kv_len) store16(&sV(i / kUnits, i % kUnits * kVec<Element>, at_.before().stage()), zero);
+      if (key < 0 || key >= kv_len) store16(&sV(i / kUnits, i % kUnits * kVec<Value>, at_.before().stage()), zero);
     }
     cutlass::arch::fence_view_async_shared();
     Barriers::all();
@@ -201,7 +216,7 @@ class Consumer {
     Barriers::warpgroup(warpgroup());
     const int32_t first_row = warpgroup() * 64;
     load_queries<Traits::kQueryPairsAhead>(
-        args_, tile, segment, LogitScale::of(tile.scale).sign, smem_q(), 64, [&](int32_t i) { return first_row + i; },
+        args_, tile, segment, scale_of(tile).sign, smem_q(), 64, [&](int32_t i) { return first_row + i; },
         made_anew(thread_) % 128, 128);
     cutlass::arch::fence_view_async_shared();
     Barriers::warpgroup(warpgroup());
@@ -210,10 +225,10 @@ class Consumer {
   // --- Results ---
 
   template <class Acc, class Rows, class Coordinates>
-  __device__ void store(const WorkTile& tile, const Acc& acc_o, Rows& o, const OnlineSoftmax<kThreadRows>& softmax,
-                        const Coordinates& at, float scale_log2) {
+  __device__ void store(const WorkTile& tile, const Acc& acc_o, Rows& o, const Softmax& softmax, const Coordinates& at,
+                        float scale_log2) {
     const OutputRows<Element> rows{args_, tile};
-    finish_rows(rows, softmax, o, at, scale_log2, thread_ % 4 == 0);
+    finish_rows(rows, softmax, o, at, scale_log2, thread_ % 4 == 0, factor<Value>(args_.p.v_scale, tile));
     if (args_.plan.num_splits > 1) return;
     Barriers::warpgroup(warpgroup());  // the last product with these rows of Q is done for all
     stage(acc_o, o, at);

@@ -29,12 +29,13 @@ inline Status encode_cache(const char* name, const AttentionParams& p, const Con
 template <TileKind kKind, DType kDType, int kHeadDim, DType kCacheDType = DType::Same,
           Variant kVariant = Variant::Default>
 struct Instance {
-  static_assert(kKind == TileKind::Prefill && kCacheDType == DType::Same);
-  using Traits = PrefillTraits<typename ElementOf<kDType>::type, kHeadDim, kVariant>;
+  static_assert(kKind == TileKind::Prefill);
+  using Traits = PrefillTraits<typename ElementOf<kDType>::type, kHeadDim,
+                               typename ElementOf<kCacheDType == DType::Same ? kDType : kCacheDType>::type, kVariant>;
 
   static Status encode(const AttentionParams& p, PrefillArgs* args) {
     args->rows_per_box = p.pages.page_table != nullptr ? std::gcd(p.pages.page_size, Traits::kBlockN) : Traits::kBlockN;
-    const Box box{Traits::kBoxColumns, args->rows_per_box};
+    const Box box{Traits::kLoadColumns, args->rows_per_box};
     if (Status status = encode_cache("k", p, p.k, box, &args->k); !status.ok()) return status;
     if (Status status = encode_cache("v", p, p.v, box, &args->v); !status.ok()) return status;
     // Rows of several heads are not rows of the tensor, and partial results are not out.
@@ -61,7 +62,8 @@ struct Instance {
   }
 
   static constexpr AttentionInstance description() {
-    return {"sm90", name_of(kVariant), kKind, kDType, kHeadDim, Traits::kBlockM, 1, Traits::kPersistent, &launch};
+    return {"sm90", name_of(kVariant),   kKind,   kDType,     kHeadDim, Traits::kBlockM,
+            1,      Traits::kPersistent, &launch, kCacheDType};
   }
 };
 

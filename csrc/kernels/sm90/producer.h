@@ -37,64 +37,89 @@ struct TileSequence {
 template <class Traits>
 class Producer {
   using Shared = typename Traits::Shared;
-  using Position = RingPosition<Traits::kStages>;
+  using Cached = typename Traits::Cached;
 
  public:
   __device__ Producer(const PrefillArgs& args, Shared& shared, int32_t lane)
-      : args_(args), shared_(shared), lane_(lane) {}
+      : args_(args), shared_(shared), lane_(lane), tiles_{args.num_tiles} {}
 
   __device__ void run() {
-    TileSequence tiles{args_.num_tiles};
-    RingPosition<Traits::kTileSlots> slot;
-    Position at;
-    for (int32_t index = tiles.next(); index >= 0; index = tiles.next()) {
-      EmptyBarrier::wait(&shared_.tile_empty[slot.stage()], slot.phase_before());
-      WorkTile& tile = shared_.tiles[slot.stage()].tile;
+    while (next_tile()) {
+      const WorkTile& found = tile();
+      KeyBlockIterator<true> walk(found.ranges, Traits::kBlockN);
+      for (KeyBlock block = walk.next(); block.count > 0; block = walk.next()) request(found, block);
+    }
+  }
+
+  /// Finds a tile that has work, and says so to all who wait for it; or that there is none any more: false.
+  __device__ bool next_tile() {
+    slot_.advance();
+    for (int32_t index = tiles_.next();; index = tiles_.next()) {
+      EmptyBarrier::wait(&shared_.tile_empty[slot_.stage()], slot_.phase_before());
+      if (index < 0) break;
+      WorkTile& tile = shared_.tiles[slot_.stage()].tile;
       __syncwarp();  // all lanes have seen that the tile before was empty, if it was
       if (lane_ == 0) tile.assign(args_.attention, index);
       __syncwarp();
       if (tile.empty() && !tile.first_of_sequence) continue;
-      publish(slot, false);
-      load_keys(tile, at);
-      slot.advance();
+      publish(false);
+      return true;
     }
-    EmptyBarrier::wait(&shared_.tile_empty[slot.stage()], slot.phase_before());
-    publish(slot, true);
+    publish(true);
+    return false;
+  }
+
+  /// The one that next_tile() has found.
+  __device__ const WorkTile& tile() const { return shared_.tiles[slot_.stage()].tile; }
+
+  /// Asks for the keys and values of a block of that tile, as soon as there is room for them.
+  __device__ __forceinline__ void request(const WorkTile& tile, const KeyBlock& block) {
+    const int32_t first_key = first_key_of(tile, block, Traits::kBlockN) + lane_ * args_.rows_per_box;
+    const KeySource source = KeySource::of(args_.attention, tile, first_key, args_.rows_per_box);
+    load(args_.k, source, tile.kv_head, rings().k, barriers().k_full, barriers().k_empty);
+    load(args_.v, source, tile.kv_head, rings().v, barriers().v_full, barriers().v_empty);
+    at_.advance();
   }
 
  private:
-  __device__ void publish(const RingPosition<Traits::kTileSlots>& slot, bool last) {
-    if (lane_ != 0) return;
-    shared_.tiles[slot.stage()].count = slot.count;
-    shared_.tiles[slot.stage()].last = last;
-    EmptyBarrier::arrive(&shared_.tile_full[slot.stage()]);
+  __device__ __forceinline__ void publish(bool last) {
+    if (lane_ == 0) {
+      shared_.tiles[slot_.stage()].count = slot_.count;
+      shared_.tiles[slot_.stage()].last = last;
+      EmptyBarrier::arrive(&shared_.tile_full[slot_.stage()]);
+    }
   }
 
-  __device__ void load_keys(const WorkTile& tile, Position& at) {
-    KeyBlockIterator<true> walk(tile.ranges, Traits::kBlockN);
-    for (KeyBlock block = walk.next(); block.count > 0; block = walk.next(), at.advance()) {
-      const int32_t first_key = first_key_of(tile, block, Traits::kBlockN) + lane_ * args_.rows_per_box;
-      const KeySource source = KeySource::of(args_.attention, tile, first_key, args_.rows_per_box);
-      load(args_.k, source, tile.kv_head, at, shared_.k, shared_.k_full, shared_.k_empty);
-      load(args_.v, source, tile.kv_head, at, shared_.v, shared_.v_full, shared_.v_empty);
+  // The rings that TMA fills, and their barriers: those of the products, or those that are widened into them.
+  __device__ auto& rings() const {
+    if constexpr (Traits::kE4M3) {
+      return shared_.packed;
+    } else {
+      return shared_;
+    }
+  }
+  __device__ RingBarriers<Traits::kLoadStages>& barriers() const {
+    if constexpr (Traits::kE4M3) {
+      return shared_.widening;
+    } else {
+      return shared_.products;
     }
   }
 
   // Lane i brings the i-th box of rows, column by column of atoms.
-  __device__ __forceinline__ void load(const CUtensorMap& map, const KeySource& source, int32_t kv_head,
-                                       const Position& at, typename Traits::Element* ring, uint64_t* full,
-                                       uint64_t* empty) const {
-    EmptyBarrier::wait(&empty[at.stage()], at.phase_before());
-    if (lane_ == 0) Barrier::arrive_and_expect_tx(&full[at.stage()], Traits::kStageElements * 2);
+  __device__ __forceinline__ void load(const CUtensorMap& map, const KeySource& source, int32_t kv_head, Cached* ring,
+                                       uint64_t* full, uint64_t* empty) const {
+    EmptyBarrier::wait(&empty[at_.stage()], at_.phase_before());
+    if (lane_ == 0) Barrier::arrive_and_expect_tx(&full[at_.stage()], Traits::kStageElements * sizeof(Cached));
     __syncwarp();
     const int32_t row = lane_ * args_.rows_per_box;
     if (row >= Traits::kBlockN) return;
-    auto* target = ring + at.stage() * Traits::kStageElements + row * Traits::kBoxColumns;
+    auto* target = ring + at_.stage() * Traits::kStageElements + row * Traits::kLoadColumns;
     CUTE_UNROLL
-    for (int column = 0; column < Traits::kHeadDim; column += Traits::kBoxColumns) {
-      SM90_TMA_LOAD_4D::copy(&map, &full[at.stage()], static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL), target,
+    for (int column = 0; column < Traits::kHeadDim; column += Traits::kLoadColumns) {
+      SM90_TMA_LOAD_4D::copy(&map, &full[at_.stage()], static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL), target,
                              column, source.row, kv_head, source.batch);
-      target += Traits::kBlockN * Traits::kBoxColumns;
+      target += Traits::kBlockN * Traits::kLoadColumns;
     }
   }
 
@@ -103,6 +128,9 @@ class Producer {
   const PrefillArgs& args_;
   Shared& shared_;
   const int32_t lane_;
+  TileSequence tiles_;
+  RingPosition<Traits::kTileSlots> slot_{~0u};  ///< of the tile that next_tile() has found; before the first
+  RingPosition<Traits::kLoadStages> at_;
 };
 
 }  // namespace dca::cuda::sm90

@@ -36,14 +36,29 @@ struct TileSlot {
   bool last;       ///< there is no further tile, nor one here
 };
 
+/// The barriers of a ring of key blocks and of one of their values.
+template <int kStages>
+struct RingBarriers {
+  uint64_t k_full[kStages], v_full[kStages];    // a block is there
+  uint64_t k_empty[kStages], v_empty[kStages];  // all who read it are done with it
+};
+
 /// One producer warpgroup, of which one warp loads K and V by TMA, and kConsumers warpgroups of 64 query rows each.
 ///
 /// Per SM and cycle an H100 does 4096 dense bf16 FLOP and 16 exp2: a block of 128 x 128 at head_dim 128 is 2048 cycles
 /// of wgmma and 1024 of exp2, so that the two must overlap; two consumers do, each with its own half of the rows.
 /// Registers per thread: S of 64 x kBlockN is kBlockN / 2, P half of that, O kHeadDim / 2.
-template <class Element_, int kHeadDim_, Variant kVariant_ = Variant::Default>
+///
+/// A cache of e4m3 comes into rings of its own as it is, and all warps of the producer widen it into the rings of the
+/// products: keys to Element, values to Value.
+template <class Element_, int kHeadDim_, class Cached_ = Element_, Variant kVariant_ = Variant::Default>
 struct PrefillTraits {
   using Element = Element_;
+  using Cached = Cached_;
+  using Value = sm80::ValueOf<Element, Cached>;
+  static constexpr int kHeadroom = sm80::kHeadroomOf<Cached>;
+  static constexpr bool kE4M3 = std::is_same_v<Cached, cutlass::float_e4m3_t>;
+  static constexpr int kPacked = kE4M3 ? 2 : 1;  // numbers of the cache in the place of an element
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr Variant kVariant = kVariant_;
   static constexpr int kConsumers = kVariant == Variant::Tall ? 3 : 2;
@@ -55,9 +70,11 @@ struct PrefillTraits {
                                  : kHeadDim <= 128           ? 128
                                                              : 64;
   static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 96 ? 3 : 2;
+  static constexpr int kPackedStages = 2;
+  static constexpr int kLoadStages = kE4M3 ? kPackedStages : kStages;  // of the rings that TMA fills
   static constexpr int kTileSlots = 2;
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+  static constexpr int kProducerRegisters = kE4M3 ? 56 : kConsumers == 2 ? 24 : 32;
+  static constexpr int kConsumerRegisters = kE4M3 ? 224 : kConsumers == 2 ? 240 : 160;
   static constexpr bool kFewRegistersLeft = kVariant == Variant::Tall || kVariant == Variant::Wide;
   static constexpr int kQueryPairsAhead = kFewRegistersLeft ? 1 : kHeadDim <= 128 ? 4 : 2;
   /// Turns pay where a block's products take as long as its softmax. At head_dim 256 they take four times that.
@@ -77,21 +94,36 @@ struct PrefillTraits {
       Layout<Shape<Int<kHeadDim>, Int<kBlockN>, Int<kStages>>, Stride<Int<kBlockN>, _1, Int<kBlockN * kHeadDim>>>{}));
   static constexpr int kStageElements = kBlockN * kHeadDim;
 
+  /// What one TMA brings of a row, in numbers of the cache, and of a packed ring: rows as wide as TMA permutes them.
+  using PackedRows = sm80::SmemRows<kHeadDim / 2>;
+  using SmemPacked = typename PackedRows::template Layout_<kBlockN>;
+  static constexpr int kLoadColumns = kE4M3 ? PackedRows::kColumns * kPacked : kBoxColumns;
+  /// A stage of the rings of the products, as an offset: the same permutation as that of the atom above.
+  using SmemWidened = typename sm80::SmemRows<kHeadDim>::template Layout_<kBlockN>;
+  static_assert(sm80::SmemRows<kHeadDim>::kColumns == kBoxColumns);
+
   using MmaQk = decltype(make_tiled_mma(
       GMMA::ss_op_selector<Element, Element, float, Shape<Int<kBlockM>, Int<kBlockN>, Int<kHeadDim>>>(),
       Layout<Shape<Int<kConsumers>, _1, _1>>{}));
   using MmaPv = decltype(make_tiled_mma(
-      GMMA::rs_op_selector<Element, Element, float, Shape<Int<kBlockM>, Int<kHeadDim>, Int<kBlockN>>, GMMA::Major::K,
+      GMMA::rs_op_selector<Value, Value, float, Shape<Int<kBlockM>, Int<kHeadDim>, Int<kBlockN>>, GMMA::Major::K,
                            GMMA::Major::MN>(),
       Layout<Shape<Int<kConsumers>, _1, _1>>{}));
+
+  struct PackedRings {
+    alignas(1024) Cached k[kPackedStages * kStageElements];
+    alignas(1024) Cached v[kPackedStages * kStageElements];
+  };
+  struct Nothing {};
 
   struct alignas(1024) Shared {
     alignas(1024) Element q[cosize_v<SmemQ>];
     alignas(1024) Element k[cosize_v<SmemKvRing>];
-    alignas(1024) Element v[cosize_v<SmemKvRing>];
-    uint64_t k_full[kStages], v_full[kStages];               // a block has arrived
-    uint64_t k_empty[kStages], v_empty[kStages];             // all consumer warps are done with it
-    uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];  // the same for tiles
+    alignas(1024) Value v[cosize_v<SmemKvRing>];
+    std::conditional_t<kE4M3, PackedRings, Nothing> packed;
+    RingBarriers<kStages> products;                                            // of k and v, which the products read
+    std::conditional_t<kE4M3, RingBarriers<kPackedStages>, Nothing> widening;  // of the packed rings
+    uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
     TileSlot tiles[kTileSlots];
   };
   static_assert(sizeof(Shared) + 1024 <= kMaxSharedBytes);

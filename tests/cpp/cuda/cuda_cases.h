@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -40,6 +41,27 @@ inline void expect_matches_reference(const ProblemShape& shape, const std::vecto
   AttentionProblem problem(shape);
   EXPECT_TRUE(problem.matches_reference(problem.params(), split_counts)) << what;
   kernel_cases += static_cast<int>(split_counts.size());
+}
+
+/// Kernels load whole blocks of rows, and a weight of 0 does not hide a NaN: one sequence must not spoil the next.
+inline void expect_nan_stays_in_its_sequence(ProblemShape s) {
+  s.kv_lens = {40, 60, 200};
+  s.q_lens.clear();
+  s.ragged_q = true;
+  s.keys = KeyLayout::Ragged;
+  AttentionProblem problem(s);
+  AttentionParams p = problem.params();
+  for (int64_t row = 0; row < 40; ++row) {
+    for (int32_t head = 0; head < s.num_heads_kv; ++head) {
+      const int64_t offset = row * p.v.stride.row + head * p.v.stride.head;
+      for (int32_t c = 0; c < s.head_dim; ++c) {
+        reference::write(const_cast<void*>(p.v.data), dtype_of_cache(p), offset + c,
+                         std::numeric_limits<double>::quiet_NaN());
+      }
+    }
+  }
+  EXPECT_TRUE(problem.matches_reference(p, {1, 2}));
+  kernel_cases += 2;
 }
 
 /// Queries for which all keys have one logit, the last `rows` of a sequence of `keys`: the LSE is that logit + ln(keys

@@ -70,6 +70,38 @@ TEST_P(CudaE4M3, TilesOfManyRows) {
   expect_matches_reference(s, {1, 3});
 }
 
+// So many tiles that a CTA of a persistent kernel gets several: cut ones, and whole ones.
+TEST_P(CudaE4M3, MoreTilesThanADeviceHolds) {
+  ProblemShape s = cached(1, 70);
+  s.num_heads = 100;
+  s.num_heads_kv = 50;
+  s.chunk = {32, 50};
+  s.kv_lens = s.q_lens = {70, 70};
+  expect_matches_reference(s);
+  s.num_heads = 140;
+  s.num_heads_kv = 1;
+  s.chunk = {128, 150};
+  s.kv_lens = s.q_lens = {128};
+  expect_matches_reference(s);
+}
+
+TEST_P(CudaE4M3, PagesOfManySizes) {
+  ProblemShape s = cached(2, 150);
+  s.num_heads_kv = 1;
+  s.num_heads = 2;
+  s.chunk = {128, 150};
+  s.kv_lens = {300, 261};
+  s.q_lens = {150, 150};
+  s.leftpads = {0, 39};
+  s.keys = KeyLayout::Paged;
+  for (const int32_t page_size : {16, 64, 80, 128, 256}) {
+    s.page_size = page_size;
+    expect_matches_reference(s);
+  }
+}
+
+TEST_P(CudaE4M3, NaNOfOneSequenceStaysThere) { expect_nan_stays_in_its_sequence(cached(1, 1)); }
+
 TEST_P(CudaE4M3, PrefillAndDecodeMixedInOneBatch) {
   ProblemShape s = cached(4, 1);
   s.kv_lens = {53, 17, 40, 0, 33, 24};

@@ -1,7 +1,5 @@
 // Prefill tiles against the reference: whole sequences and queries behind a cache, at the lengths where something
 // changes, in every layout.
-#include <limits>
-
 #include "cuda_cases.h"
 
 namespace dca::testing {
@@ -49,25 +47,7 @@ TEST_P(CudaPrefill, LeftPadded) {
   expect_matches_reference(s);
 }
 
-// Kernels load whole blocks of rows, and a weight of 0 does not hide a NaN: one sequence must not spoil the next.
-TEST_P(CudaPrefill, NaNOfOneSequenceStaysThere) {
-  ProblemShape s = shape(1);
-  s.kv_lens = {40, 60, 200};
-  s.ragged_q = true;
-  s.keys = KeyLayout::Ragged;
-  AttentionProblem problem(s);
-  AttentionParams p = problem.params();
-  for (int64_t row = 0; row < 40; ++row) {
-    for (int32_t head = 0; head < s.num_heads_kv; ++head) {
-      const int64_t offset = row * p.v.stride.row + head * p.v.stride.head;
-      for (int32_t c = 0; c < s.head_dim; ++c) {
-        reference::write(const_cast<void*>(p.v.data), s.dtype, offset + c, std::numeric_limits<double>::quiet_NaN());
-      }
-    }
-  }
-  EXPECT_TRUE(problem.matches_reference(p, {1, 2}));
-  kernel_cases += 2;
-}
+TEST_P(CudaPrefill, NaNOfOneSequenceStaysThere) { expect_nan_stays_in_its_sequence(shape(1)); }
 
 // So many tiles that a CTA of a persistent kernel gets several, of one length and of mixed ones.
 TEST_P(CudaPrefill, MoreTilesThanADeviceHolds) {

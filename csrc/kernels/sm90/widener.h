@@ -1,0 +1,88 @@
+// The producer warpgroup where K and V are a cache of e4m3: TMA brings what the cache holds into rings of its own, and
+// all four warps widen each block, once for all consumers, into the rings that the products read. The first warp is
+// also the producer of the packed rings.
+#pragma once
+
+#include "producer.h"
+#include "sm80/e4m3_rows.h"
+
+namespace dca::cuda::sm90 {
+
+template <class Traits>
+class Widener {
+  using Shared = typename Traits::Shared;
+  using Cached = typename Traits::Cached;
+
+ public:
+  /// `thread` of the warpgroup.
+  __device__ Widener(const PrefillArgs& args, Shared& shared, int32_t thread)
+      : shared_(shared), thread_(thread), producer_(args, shared, thread % 32) {}
+
+  __device__ void run() {
+    for (RingPosition<Traits::kTileSlots> at;; at.advance()) {
+      if (is_producer()) producer_.next_tile();
+      Barrier::wait(&shared_.tile_full[at.stage()], at.phase());
+      const TileSlot& slot = shared_.tiles[at.stage()];
+      if (slot.last) break;
+      widen_keys(slot.tile);
+      at.count = slot.count;  // as it was, but not kept in a register meanwhile
+      release(shared_.tile_empty[at.stage()]);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ bool is_producer() const { return thread_ < 32; }
+
+  __device__ void widen_keys(const WorkTile& tile) {
+    RingBarriers<Traits::kPackedStages>& from = shared_.widening;
+    RingBarriers<Traits::kStages>& to = shared_.products;
+    KeyBlockIterator<true> ahead(tile.ranges, Traits::kBlockN);
+    CUTE_UNROLL
+    for (int i = 0; i + 1 < Traits::kPackedStages; ++i) request(tile, ahead.next());
+    for (int32_t rest = num_blocks(tile); rest > 0; --rest, ++count_) {
+      request(tile, ahead.next());
+      widen(shared_.packed.k, from.k_full, from.k_empty, shared_.k, to.k_full, to.k_empty);
+      widen(shared_.packed.v, from.v_full, from.v_empty, shared_.v, to.v_full, to.v_empty);
+    }
+  }
+
+  __device__ __forceinline__ void request(const WorkTile& tile, const KeyBlock& block) {
+    if (is_producer() && block.count > 0) producer_.request(tile, block);
+  }
+
+  __device__ static int32_t num_blocks(const WorkTile& tile) {
+    KeyBlockIterator<true> walk(tile.ranges, Traits::kBlockN);
+    int32_t count = 0;
+    while (walk.next().count > 0) ++count;
+    return count;
+  }
+
+  // The next block of one of the rings.
+  template <class Wide>
+  __device__ __forceinline__ void widen(const Cached* packed, uint64_t* packed_full, uint64_t* packed_empty, Wide* wide,
+                                        uint64_t* wide_full, uint64_t* wide_empty) const {
+    const RingPosition<Traits::kPackedStages> from{count_};
+    const RingPosition<Traits::kStages> to{count_};
+    Barrier::wait(&packed_full[from.stage()], from.phase());
+    EmptyBarrier::wait(&wide_empty[to.stage()], to.phase_before());
+    const auto* numbers = reinterpret_cast<const uint16_t*>(packed + from.stage() * Traits::kStageElements);
+    sm80::widen_rows<typename Traits::SmemPacked, typename Traits::SmemWidened, 128>(
+        numbers, wide + to.stage() * Traits::kStageElements, made_anew(thread_));
+    cutlass::arch::fence_view_async_shared();  // each writer, before wgmma reads
+    release(packed_empty[from.stage()]);
+    if (thread_ % 32 == 0) EmptyBarrier::arrive(&wide_full[to.stage()]);
+  }
+
+  // One arrival per warp, when all its lanes have come here.
+  __device__ __forceinline__ void release(uint64_t& empty) const {
+    __syncwarp();
+    if (thread_ % 32 == 0) EmptyBarrier::arrive(&empty);
+  }
+
+  Shared& shared_;
+  const int32_t thread_;
+  Producer<Traits> producer_;
+  uint32_t count_ = 0;  ///< of the blocks before this one, of all tiles
+};
+
+}  // namespace dca::cuda::sm90
