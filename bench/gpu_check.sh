@@ -281,6 +281,8 @@ decode --heads=64 --kv-heads=8 --seqlen=65536
 decode --heads=64 --kv-heads=8 --seqlen=131072
 decode --heads=64 --kv-heads=8 --seqlen=131072 --page-size=64
 decode --heads=64 --kv-heads=8 --seqlen=131072 --cache-dtype=e4m3
+decode --heads=32 --kv-heads=8 --seqlen=32768 --queries=2048
+decode --heads=32 --kv-heads=8 --seqlen=32768 --queries=2048 --cache-dtype=e4m3
 decode --heads=32 --kv-heads=8 --head-dim=64 --seqlen=131072
 LINES
   rm -f "$out/variants.tmp"
