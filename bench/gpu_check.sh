@@ -261,7 +261,7 @@ step_variants() {
   local failed=0 kernels shape
   rm -f "$out/variants.jsonl"
   while read -r shape; do
-    for kernels in sm90 sm90:unordered sm90:per_tile sm90:wide sm90:tall sm80; do
+    for kernels in sm90 sm90:unordered sm90:per_tile sm90:wide sm90:multicast sm90:tall sm80; do
       if [[ $kernels = sm90:* && $shape = decode* ]]; then continue; fi
       if [ "$kernels" = sm90:tall ] && [[ $shape != *=64\ * ]]; then continue; fi
       echo "$kernels $shape"

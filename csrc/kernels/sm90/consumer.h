@@ -134,7 +134,7 @@ class Consumer {
   // After the wait for it.
   __device__ __forceinline__ void finish_qk(Fragments& f, const WorkTile& tile, const KeyBlock& block) const {
     warpgroup_fence_operand(f.acc_s);
-    release(shared_.products.k_empty[at_.stage()]);
+    release_block(shared_.products.k_empty[at_.stage()]);
     if (!tile.ranges.needs_mask(block, kBlockN)) return;
     auto s = f.s();
     mask_block(s, coordinates<kBlockN>(MmaQk{}), args_, tile, block, first_key_of(tile, block, kBlockN));
@@ -143,7 +143,7 @@ class Consumer {
   __device__ __forceinline__ void finish_pv(Fragments& f) const {
     warpgroup_wait<0>();
     warpgroup_fence_operand(f.acc_o);
-    release(shared_.products.v_empty[at_.before().stage()]);
+    release_block(shared_.products.v_empty[at_.before().stage()]);
   }
 
   __device__ auto smem_q() const { return make_tensor(make_smem_ptr(shared_.q), typename Traits::SmemQ{}); }
@@ -176,6 +176,16 @@ class Consumer {
   // One arrival per warp: its reads are done, since its warpgroup's products are.
   __device__ __forceinline__ void release(uint64_t& empty) const {
     if (made_anew(thread_) % 32 == 0) EmptyBarrier::arrive(&empty);
+  }
+
+  // The same, to all who fill that place.
+  __device__ __forceinline__ void release_block(uint64_t& empty) const {
+    if constexpr (Traits::kMulticast) {
+      const int32_t lane = made_anew(thread_) % 32;
+      if (lane < prefill_.cluster) EmptyBarrier::arrive(&empty, static_cast<uint32_t>(lane), 1u);
+    } else {
+      release(empty);
+    }
   }
 
   // --- Keys and values ---

@@ -22,10 +22,11 @@ enum class Variant {
   PerTile,    ///< a CTA for every tile, instead of as many as the device holds
   Tall,       ///< three consumers, 192 rows, blocks of 96 keys; head_dim 64
   Wide,       ///< blocks of 144 keys; head_dim 64: 176
+  Multicast,  ///< two CTAs, heads that read the same keys, bring each other half of each block
 };
 
 constexpr const char* name_of(Variant variant) {
-  constexpr const char* kNames[] = {"", "unordered", "per_tile", "tall", "wide"};
+  constexpr const char* kNames[] = {"", "unordered", "per_tile", "tall", "wide", "multicast"};
   return kNames[static_cast<int>(variant)];
 }
 
@@ -73,8 +74,9 @@ struct PrefillTraits {
   static constexpr int kPackedStages = 2;
   static constexpr int kLoadStages = kE4M3 ? kPackedStages : kStages;  // of the rings that TMA fills
   static constexpr int kTileSlots = 2;
-  static constexpr int kProducerRegisters = kE4M3 ? 56 : kConsumers == 2 ? 24 : 32;
-  static constexpr int kConsumerRegisters = kE4M3 ? 224 : kConsumers == 2 ? 240 : 160;
+  static constexpr bool kMulticast = kVariant == Variant::Multicast;
+  static constexpr int kProducerRegisters = kE4M3 ? 56 : kMulticast ? 40 : kConsumers == 2 ? 24 : 32;
+  static constexpr int kConsumerRegisters = kE4M3 ? 224 : kMulticast ? 232 : kConsumers == 2 ? 240 : 160;
   static constexpr bool kFewRegistersLeft = kVariant == Variant::Tall || kVariant == Variant::Wide;
   static constexpr int kQueryPairsAhead = kFewRegistersLeft ? 1 : kHeadDim <= 128 ? 4 : 2;
   /// Turns pay where a block's products take as long as its softmax. At head_dim 256 they take four times that.

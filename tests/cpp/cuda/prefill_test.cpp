@@ -86,6 +86,18 @@ TEST_P(CudaPrefill, PagesOfManySizes) {
   }
 }
 
+// Tiles of one head each, side by side, that read the same keys.
+TEST_P(CudaPrefill, HeadsOfAGroupSideBySide) {
+  ProblemShape s = shape(4);
+  s.chunk = {140, 209};
+  s.kv_lens = {293, 293};
+  expect_matches_reference(s);
+  s.kv_lens = {293, 150};
+  s.ragged_q = true;
+  s.keys = KeyLayout::Ragged;
+  expect_matches_reference(s, {1, 3});
+}
+
 // Chunks that are whole key tiles: no block but the diagonal is masked.
 TEST_P(CudaPrefill, ChunksOfWholeTiles) {
   ProblemShape s = shape(1);
