@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from cpp_build import ROOT, configure, has_googletest, require_cmake_and_compiler, run
+from cuda_torch import CudaTorch, find_cuda_torch
 
 PTXSIM = Path(os.environ.get("PTXSIM_DIR", ROOT.parent / "shared" / "ptxsim"))
 
@@ -22,6 +23,9 @@ INSTANCES = (
     "decode-bf16-64-e4m3;prefill-bf16-64-e4m3;sm90-decode-bf16-64;sm90-decode-bf16-128-e4m3;"
     "sm90-prefill-bf16-64-e4m3"
 )
+
+#: In the build folder: what nvcc and ptxas said.
+COMPILER_LOG = "compiler.log"
 
 #: Orders of warps and of asynchronous copies to run under: at random, as late as is legal, and with a look at races.
 MODES = {
@@ -77,9 +81,12 @@ def cuda_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @functools.cache
 def _cuda_build(build: Path) -> Path:
+    torch = find_cuda_torch()
+    with_modules = isinstance(torch, CudaTorch)
     configure(
         ROOT,
         build,
+        *(torch.cmake_options() if with_modules else []),
         "-DDCA_CUDA=ON",
         "-DDCA_BUILD_TESTS=ON",
         "-DDCA_BUILD_BENCH=ON",
@@ -88,7 +95,9 @@ def _cuda_build(build: Path) -> Path:
         f"-DDCA_CUDA_INSTANCES={os.environ.get('DCA_CUDA_INSTANCES', INSTANCES)}",
         f"-DCUTLASS_DIR={cutlass_dir()}",
     )
-    run("cmake", "--build", build, "--parallel", "2", "--target", "dca_cuda_tests", "dca_bench")
+    targets = ["dca_cuda_tests", "dca_bench", *(["_core", "_dca_torch"] if with_modules else [])]
+    said = run("cmake", "--build", build, "--parallel", "2", "--target", *targets).stdout
+    (build / COMPILER_LOG).write_text(said)
     return build
 
 
@@ -118,6 +127,16 @@ def test_kernels_match_the_reference(
     output = run_kernels(build, "tests/cpp/cuda/dca_cuda_tests", "--gtest_brief=1", **MODES[mode])
     record_kernel_cases[mode] = count_cases(output)
     assert record_kernel_cases[mode] > 0, "no kernel case ran"
+
+
+def test_products_on_hopper_are_asynchronous(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """ptxas makes wgmma wait for each other, with no more than a remark, where registers of theirs are used between."""
+    log = cuda_build(tmp_path_factory) / COMPILER_LOG
+    if not log.exists():
+        pytest.skip("the build of DCA_CUDA_BUILD_DIR has no log of its compiler")
+    said = log.read_text()
+    assert re.search(r"Compiling entry function '\w*sm90\w*prefill_kernel", said), "the log is not that of ptxas -v"
+    assert "serialized" not in said
 
 
 def test_values_in_device_memory_are_checked_on_request(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from oracle import E4M3, SMALL, assert_close, attend_in_low_precision, baseline_attention, random_rows, tables
+from oracle import (
+    E4M3,
+    SMALL,
+    Cache,
+    assert_close,
+    attend_in_low_precision,
+    baseline_attention,
+    empty_cache,
+    ragged_borders,
+    random_rows,
+    tables,
+)
+from test_torch_integration import DIM, operator_calls
 from tiny_models import tiny_config, tokens
 
 import dca_ext
 from dca_ext import (
     DCAConfig,
     dca_attention,
+    dca_attention_varlen,
     dca_attention_with_kvcache,
     dca_segment_attention,
     kv_cache_scale,
@@ -80,6 +96,50 @@ def test_a_float8_cache_gives_what_it_gives_on_the_cpu(dtype, seqlen_q):
     torch.testing.assert_close(*outs, atol=2e-2, rtol=2e-2)
 
 
+def test_ragged_sequences_equal_the_reference():
+    lengths, (cos, sin) = (1, 40, 41, 97), tables(SMALL, 64)
+    q, k, v = (random_rows(sum(lengths), heads, 64, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    borders = ragged_borders(*lengths)
+    out = dca_attention_varlen(*on_gpu(q, k, v, borders), max(lengths), *on_gpu(cos, sin), SMALL).cpu()
+    for begin, end in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
+        rows = [x[None, begin:end] for x in (q, k, v)]
+        exact = reference.dca_attention(*(x.double() for x in rows), cos, sin, SMALL)
+        assert_close(out[None, begin:end], exact, baseline_attention(*rows, cos, sin, SMALL))
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_appending_to_a_poisoned_cache_gives_what_it_gives_on_the_cpu(page_size):
+    """Prefill and decode in one ragged batch, the second sequence left-padded; what no token owns is NaN."""
+    cos, sin = tables(SMALL, 64)
+    cache = empty_cache(2, 100, 2, 64, torch.bfloat16, page_size=page_size)
+    before = [torch.randn(2, 60, 2, 64).bfloat16() for _ in range(2)]
+    q, k, v = (torch.randn(38, heads, 64).bfloat16() for heads in (8, 2, 2))
+    results = []
+    for device in ("cuda", "cpu"):
+        there = Cache(*(None if x is None else x.to(device, copy=True) for x in (cache.k, cache.v, cache.page_table)))
+        rotary = (cos.to(device), sin.to(device))
+        padding = torch.tensor([0, 9], dtype=torch.int32, device=device)
+        old = [x.to(device) for x in before]
+        rotate_and_append_kv(
+            *old, there.k, there.v, *rotary, SMALL, cache_seqlens=0, cache_leftpad=padding, **there.layout
+        )
+        out, lse = dca_attention_with_kvcache(
+            *(q.to(device), there.k, there.v, *rotary, SMALL),
+            k=k.to(device),
+            v=v.to(device),
+            cache_seqlens=torch.tensor([60, 60], dtype=torch.int32, device=device),
+            cu_seqlens_q=ragged_borders(37, 1).to(device),
+            max_seqlen_q=37,
+            cache_leftpad=padding,
+            return_lse=True,
+            **there.layout,
+        )
+        results.append([x.float().cpu() for x in (out, lse, there.k, there.v)])
+    assert not results[0][0].isnan().any()
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2, equal_nan=True)
+
+
 def test_segments_merge_to_the_whole():
     cos, sin = on_gpu(*tables(SMALL, 64))
     q, k, v = on_gpu(*(random_rows(1, 130, heads, 64, dtype=torch.bfloat16) for heads in (4, 2, 2)))
@@ -126,6 +186,7 @@ def test_a_captured_graph_serves_every_length():
         assert torch.equal(captured, decode())
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_no_synchronisation():
     cos, sin = on_gpu(*tables(SMALL, 64))
     q, k, v = on_gpu(*(torch.randn(1, 64, heads, 64).bfloat16() for heads in (8, 2, 2)))
@@ -136,6 +197,60 @@ def test_no_synchronisation():
         dca_attention(q, k, v, cos, sin, SMALL)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_captured_graph_appends_wherever_the_lengths_say():
+    cos, sin = on_gpu(*tables(SMALL, 64))
+    q, k, v = on_gpu(*(torch.randn(2, 1, heads, 64).bfloat16() for heads in (8, 2, 2)))
+    caches = [torch.zeros(2, 600, 2, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    lengths = torch.zeros(2, dtype=torch.int32, device="cuda")
+
+    def decode(caches):
+        return dca_attention_with_kvcache(q, *caches, cos, sin, SMALL, k=k, v=v, cache_seqlens=lengths)
+
+    decode(caches)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = decode(caches)
+    others = [cache.clone() for cache in caches]
+    for length in (1, 2, 39, 40, 333):
+        lengths.fill_(length)
+        graph.replay()
+        assert torch.equal(captured, decode(others))
+        assert all(map(torch.equal, caches, others))
+
+
+def test_memory_is_that_of_the_results_and_one_copy_of_the_keys():
+    cos, sin = on_gpu(*tables(SMALL, 64))
+    q, k, v = on_gpu(*(torch.randn(1, 4096, heads, 64).bfloat16() for heads in (8, 2, 2)))
+
+    def extra(call):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+
+    rounding = 4 * 512  # torch hands memory out in units of 512 bytes
+    whole = extra(lambda: dca_attention(q, k, v, cos, sin, SMALL))
+    assert q.nbytes + k.nbytes <= whole <= q.nbytes + k.nbytes + rounding
+    cached = extra(lambda: dca_attention_with_kvcache(q, k, v, cos, sin, SMALL, cache_seqlens=4096, num_splits=1))
+    assert q.nbytes <= cached <= q.nbytes + rounding
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [pytest.param(op, args, id=name) for name, op, args in operator_calls() if "int8" not in name],
+)
+def test_opcheck(op, arguments):
+    def to_gpu(x):
+        if isinstance(x, list):
+            return [to_gpu(y) for y in x]
+        if not isinstance(x, torch.Tensor):
+            return x
+        rows = x.is_floating_point() and x.dim() >= 3 and x.shape[-1] == DIM  # of q, k, v and caches
+        return x.to("cuda", torch.bfloat16) if rows else x.to("cuda", copy=True)
+
+    torch.library.opcheck(op.default, tuple(map(to_gpu, arguments)))
 
 
 def test_compiles_to_one_graph():
@@ -154,18 +269,60 @@ def test_refusals_name_the_argument():
         dca_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), cos.cpu(), sin.cpu(), SMALL)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_a_model_generates_what_it_does_on_the_cpu(cache):
-    """Tokens are equal as far as the CPU's own logits tell the best from the second."""
+def test_values_in_device_memory_are_checked_on_request():
+    """In a process of its own: the variable is read once."""
+    program = """
+import torch
+from dca_ext import DCAConfig, dca_attention_with_kvcache
+q, k = (torch.zeros(1, n, 1, 64, dtype=torch.bfloat16).cuda() for n in (1, 50))
+tables = torch.ones(49, 32).cuda()
+lengths = torch.tensor([51], dtype=torch.int32).cuda()
+dca_attention_with_kvcache(q, k, k, tables, tables, DCAConfig(40, 48), cache_seqlens=lengths)
+torch.cuda.synchronize()
+"""
+    for check in ("0", "1"):
+        environment = {**os.environ, "DCA_CHECK": check}
+        command = [sys.executable, "-c", program]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if check == "0":
+            assert result.returncode == 0, result.stderr
+        else:
+            assert "ValueError: cache_seqlens" in result.stderr
+
+
+def on_both(padding: int = 0):
+    """A model with Dual Chunk Attention on the CPU and its copy on the GPU; prompts, the second padded on the left."""
     from transformers import LlamaForCausalLM
 
-    config = tiny_config(head_dim=64)
-    cpu = replace_attention(LlamaForCausalLM(config).eval().bfloat16(), DCAConfig(6, 9))
-    gpu = copy.deepcopy(cpu).cuda()
+    cpu = replace_attention(LlamaForCausalLM(tiny_config(head_dim=64)).eval().bfloat16(), DCAConfig(6, 9))
     ids = tokens(2, 29)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    return cpu, copy.deepcopy(cpu).cuda(), ids, mask
+
+
+@pytest.mark.parametrize("padding", [0, 8])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_model_generates_what_it_does_on_the_cpu(cache, padding):
+    """Tokens are equal as far as the CPU's own logits tell the best from the second."""
+    cpu, gpu, ids, mask = on_both(padding)
     kwargs = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
-    actual = gpu.generate(ids.cuda(), attention_mask=torch.ones_like(ids).cuda(), **kwargs).cpu()
+    actual = gpu.generate(ids.cuda(), attention_mask=mask.cuda(), **kwargs).cpu()
     with torch.no_grad():
-        scores = cpu(actual).logits[:, 28:-1].float()
+        scores = cpu(actual, attention_mask=torch.cat((mask, mask.new_ones(2, 8)), 1)).logits[:, 28:-1].float()
     chosen = scores.gather(-1, actual[:, 29:, None])[..., 0]
     assert (scores.amax(-1) - chosen <= 0.02 * scores.abs().amax()).all()
+
+
+def test_a_decoding_step_compiles_to_one_graph():
+    from transformers import StaticCache
+
+    _, gpu, ids, mask = on_both(padding=8)
+    ids, mask = ids.cuda(), mask.cuda()
+    whole = gpu(ids, attention_mask=mask, use_cache=False).logits.float()
+    cache = StaticCache(config=gpu.config, max_cache_len=32)
+    gpu(ids[:, :25], attention_mask=mask[:, :25], past_key_values=cache)
+    compiled = torch.compile(gpu, fullgraph=True, backend="aot_eager")
+    for t in range(25, 29):
+        logits = compiled(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache).logits.float()
+        torch.testing.assert_close(logits[:, 0], whole[:, t], rtol=0, atol=0.02 * whole.abs().max().item())

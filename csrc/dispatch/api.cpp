@@ -106,11 +106,14 @@ Status attention_workspace_bytes(const AttentionParams& params, size_t* bytes) {
 
 Status describe_attention(const AttentionParams& params, std::string* kernel) {
   kernel->clear();
-  // Shapes only: pointers may be null here, so the values behind them are not checked.
+  // Shapes and strides only. The CPU's checks would read the values of lengths and pages; its kernels do not depend on
+  // them, nor on there being any.
   AttentionParams shapes = params;
-  shapes.cu_seqlens_q = shapes.cu_seqlens_k = shapes.cache_seqlens = shapes.cache_leftpad = nullptr;
   shapes.k_scale = shapes.v_scale = {};
-  shapes.pages = {};
+  if (!on_cuda(params)) {
+    shapes.cu_seqlens_q = shapes.cu_seqlens_k = shapes.cache_seqlens = shapes.cache_leftpad = nullptr;
+    shapes.pages = {};
+  }
   bool has_work = false;
   Status status = prepare(shapes, is_empty(shapes), &has_work);
   if (!has_work) return status;

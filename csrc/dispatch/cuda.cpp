@@ -26,7 +26,6 @@ bool fits_tma(const Strides& stride, int64_t rows, int32_t heads, int64_t batch)
 }
 
 bool fits_tma(const AttentionParams& p, const ConstTensorRef& cache) {
-  if (cache.data == nullptr) return false;
   if (p.pages.page_table != nullptr) {
     return p.pages.num_pages > 0 && fits_tma(cache.stride, p.pages.page_size, p.num_heads_kv, p.pages.num_pages);
   }

@@ -90,6 +90,11 @@ std::string describe_kernel(int32_t seqlen_q, int32_t seqlen_k, int32_t num_head
   p.seqlen_q = seqlen_q;
   p.seqlen_k = p.cache_seqlen = seqlen_k;
   p.rotary = {&table, &table, static_cast<int64_t>(max_position) + 1, 0, false};
+  const auto contiguous = [&](int64_t rows, int64_t heads) {
+    return dca::Strides{rows * heads * head_dim, heads * head_dim, head_dim};
+  };
+  p.q.stride = p.out.stride = contiguous(seqlen_q, num_heads);
+  p.k.stride = p.v.stride = contiguous(seqlen_k, num_heads_kv);
   std::string kernel;
   const dca::Status status = dca::describe_attention(p, &kernel);
   if (status.code() == dca::StatusCode::InvalidArgument) throw py::value_error(status.message());

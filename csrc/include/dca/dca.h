@@ -70,7 +70,8 @@ struct BuildInfo {
 };
 BuildInfo build_info();
 
-/// Name of the kernel that attention(params) would run, such as "cpu/avx2/tile" or "cpu/avx2/rows"; reads shapes only.
+/// Name of the kernel that attention(params) would run, such as "cpu/avx2/tile" or "cuda/sm90/prefill/bf16/128"; reads
+/// shapes and strides, no values.
 Status describe_attention(const AttentionParams& params, std::string* kernel);
 
 }  // namespace dca

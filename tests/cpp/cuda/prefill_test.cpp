@@ -47,6 +47,32 @@ TEST_P(CudaPrefill, LeftPadded) {
   expect_matches_reference(s);
 }
 
+// Whoever asks before there is any memory gets the name of the kernel that will run, and room for its splits.
+TEST_P(CudaPrefill, TheKernelFollowsFromShapesAndStrides) {
+  for (const KeyLayout keys : {KeyLayout::Slots, KeyLayout::Ragged, KeyLayout::Paged}) {
+    ProblemShape s = shape(1);
+    s.kv_lens = {700};
+    s.ragged_q = keys == KeyLayout::Ragged;
+    s.keys = keys;
+    s.page_size = 16;
+    AttentionProblem problem(s);
+    AttentionParams p = problem.params();
+    p.exec.device = Device::Cuda;
+    std::string with_memory, without;
+    size_t bytes_with_memory = 0, bytes = 0;
+    ASSERT_TRUE(describe_attention(p, &with_memory).ok());
+    ASSERT_TRUE(attention_workspace_bytes(p, &bytes_with_memory).ok());
+    p.q.data = p.k.data = p.v.data = nullptr;
+    p.out.data = nullptr;
+    ASSERT_TRUE(describe_attention(p, &without).ok());
+    ASSERT_TRUE(attention_workspace_bytes(p, &bytes).ok());
+    EXPECT_EQ(without, with_memory);
+    EXPECT_EQ(bytes, bytes_with_memory);
+    const std::string architecture = std::get<2>(GetParam());
+    EXPECT_EQ(without.rfind("cuda/" + architecture, 0), 0u) << without;
+  }
+}
+
 TEST_P(CudaPrefill, NaNOfOneSequenceStaysThere) { expect_nan_stays_in_its_sequence(shape(1)); }
 
 // So many tiles that a CTA of a persistent kernel gets several, of one length and of mixed ones.
