@@ -11,6 +11,7 @@ import warnings
 from typing import Any, cast
 
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
@@ -112,7 +113,8 @@ class DualChunkAttention(nn.Module):
             hidden_states: (batch, seqlen, hidden_size).
             position_embeddings: ignored; the layer has tables of its own.
             attention_mask: None, 2-D, 4-D or 1-D, see `dca_ext.cache.left_padding`. Only padding is taken from it.
-            past_key_values: any transformers Cache, or None; rotated keys are added to it.
+            past_key_values: any transformers Cache, or None; rotated keys are added to it. From transformers 5.24 on
+                its name is ``cache``; either is taken.
             **kwargs: read are position_ids (batch or 1, seqlen), and cu_seq_lens_q (sequences + 1,) with max_length_q
                 for sequences packed into one row. Those do not go into the cache.
 
@@ -122,14 +124,13 @@ class DualChunkAttention(nn.Module):
         Raises:
             ValueError: in training with attention_dropout, for bidirectional attention, and for masks and positions
                 that `left_padding` refuses. The cache is untouched then.
+            TypeError: for a cache by a name that is not known here.
         """
+        past_key_values = kwargs.pop("cache", None) if past_key_values is None else past_key_values
         if self.dca_config is None:
+            # By place: the cache's name depends on the version of transformers.
             return super().forward(  # type: ignore[misc]
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **kwargs,
+                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
             )
         self._check(kwargs)
         if kwargs.get("cu_seq_lens_q") is not None:
@@ -211,6 +212,10 @@ class DualChunkAttention(nn.Module):
             )
         if kwargs.get("is_causal") is False:
             raise ValueError("is_causal must be True; Dual Chunk Attention is causal")
+        # Passed over in silence, it would make every answer wrong.
+        unknown = next((name for name, value in kwargs.items() if isinstance(value, Cache)), None)
+        if unknown is not None:
+            raise TypeError(f"{unknown} must not be a cache: Dual Chunk Attention takes it as past_key_values or cache")
         if kwargs.get("output_attentions") and self.layer_idx == _first_layer(self.config, "full_attention"):
             warnings.warn("output_attentions: DCA layers have no attention weights and return None", stacklevel=3)
 

@@ -40,7 +40,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-import dca_ext.operators  # noqa: F401  (registers torch.ops.dca_ext)
 from dca_ext.arguments import (
     require_bools,
     require_borders,
@@ -56,6 +55,7 @@ from dca_ext.arguments import (
     split_written_scales,
 )
 from dca_ext.config import DCAConfig
+from dca_ext.operators import call
 
 SEGMENTS = ("intra", "successive", "inter")
 
@@ -155,7 +155,8 @@ def dca_attention_varlen(
     require_bools(interleaved=interleaved)
     if q.dim() == 3 and k.dim() == 3 and k.shape[0] != q.shape[0]:
         raise ValueError(f"k must have as many rows as q ({q.shape[0]}); got {k.shape[0]}")
-    k = torch.ops.dca_ext.rotate_keys(
+    k = call(
+        torch.ops.dca_ext.rotate_keys,
         k,
         rotary_cos,
         rotary_sin,
@@ -215,7 +216,8 @@ def rotate_keys(
     require_config(config)
     require_bools(interleaved=interleaved)
     lengths, length = split_lengths(cache_seqlens)
-    return torch.ops.dca_ext.rotate_keys(
+    return call(
+        torch.ops.dca_ext.rotate_keys,
         k,
         rotary_cos,
         rotary_sin,
@@ -287,7 +289,8 @@ def rotate_and_append_kv(
             "dca_ext::rotate_and_append_kv has no backward; run it under torch.no_grad() or detach k and v"
         )
     lengths, length = split_lengths(cache_seqlens)
-    torch.ops.dca_ext.rotate_and_append_kv(
+    call(
+        torch.ops.dca_ext.rotate_and_append_kv,
         k,
         v,
         k_cache,
@@ -484,7 +487,7 @@ def merge_attention_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tenso
     for name, part in zip(("outs", "lses"), parts, strict=True):
         require_tensors(**{f"{name}[{i}]": t for i, t in enumerate(part)})
     require_no_tangents(*parts[0], *parts[1])
-    return torch.ops.dca_ext.merge_attention_states(*parts)
+    return call(torch.ops.dca_ext.merge_attention_states, *parts)
 
 
 # --- What they share --------------------------------------------------------------------------------------------------
@@ -554,7 +557,9 @@ def _attention(
     if appended is None:
         key_rows = rows if keys_are_ragged else (None, 0)
         read = split_scales(k_scale, v_scale, k, v)
-        out, lse = torch.ops.dca_ext.attention(q, k, v, *geometry, segment, *rows, *key_rows, *layout, *read, *options)
+        out, lse = call(
+            torch.ops.dca_ext.attention, q, k, v, *geometry, segment, *rows, *key_rows, *layout, *read, *options
+        )
     else:
         written = split_written_scales(k_scale, v_scale, k, v)
         out, lse = _append_and_attend(q, *appended, k, v, *geometry, *rows, *layout, *written, *options)
@@ -564,10 +569,10 @@ def _attention(
 def _append_and_attend(*arguments: object) -> tuple[Tensor, Tensor]:
     """Torch takes no autograd formula for an operator that mutates, so that its results are tied to its inputs here."""
     if not torch.is_grad_enabled():
-        return torch.ops.dca_ext.append_and_attend(*arguments)
+        return call(torch.ops.dca_ext.append_and_attend, *arguments)
     differentiable = [t for t in arguments if isinstance(t, Tensor) and t.requires_grad]
     if not differentiable:
-        return torch.ops.dca_ext.append_and_attend(*arguments)
+        return call(torch.ops.dca_ext.append_and_attend, *arguments)
     with torch.no_grad():
-        out, lse = torch.ops.dca_ext.append_and_attend(*arguments)
+        out, lse = call(torch.ops.dca_ext.append_and_attend, *arguments)
     return _NoBackward.apply(out, lse, *differentiable)

@@ -26,6 +26,17 @@ def _load() -> None:
 _load()
 
 
+def call(operator: Callable[..., Any], *arguments: object) -> Any:
+    """The operator's results; what it refuses is a ValueError, also where torch makes every error a RuntimeError."""
+    try:
+        return operator(*arguments)
+    except RuntimeError as error:
+        refusal = torch.ops.dca_ext.last_refusal()
+        if refusal and str(error).startswith(refusal):
+            raise ValueError(refusal) from None
+        raise
+
+
 # --- Output shapes for tracing: fake tensors in, fake tensors out -----------------------------------------------------
 
 

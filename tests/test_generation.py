@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from tiny_models import (
+    CACHE_ARGUMENT,
     FAMILIES,
     SMALL,
     assert_same,
@@ -159,7 +160,7 @@ def test_turns_share_a_cache(dca, slow, cache_class):
     cache = DynamicCache() if cache_class is DynamicCache else StaticCache(config=dca.config, max_cache_len=80)
     ids = tokens(1, 8)
     for turn in range(3):
-        actual = generate(dca, ids, past_key_values=cache, max_new_tokens=5)
+        actual = generate(dca, ids, **{CACHE_ARGUMENT: cache}, max_new_tokens=5)
         assert torch.equal(actual, greedy_by_recomputing(slow, ids, 5))
         ids = torch.cat((actual, tokens(1, 7, seed=turn)), dim=1)
     assert int(cache.get_seq_length()) == 8 + 5 + 7 + 5 + 7 + 4
@@ -168,10 +169,10 @@ def test_turns_share_a_cache(dca, slow, cache_class):
 def test_a_cropped_cache_goes_on(plain, dca, slow):
     ids = tokens(1, 20)
     cache = DynamicCache()
-    logits(dca, ids, past_key_values=cache)
+    logits(dca, ids, past=cache)
     cache.crop(-7)
     other = torch.cat((ids[:, :13], tokens(1, 9, seed=8)), dim=1)
-    actual = logits(dca, other[:, 13:], past_key_values=cache)
+    actual = logits(dca, other[:, 13:], past=cache)
     assert_same(actual, logits(slow, other)[:, 13:], tolerance(plain, other))
 
 

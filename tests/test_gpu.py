@@ -22,7 +22,7 @@ from oracle import (
     tables,
 )
 from test_torch_integration import DIM, operator_calls
-from tiny_models import tiny_config, tokens
+from tiny_models import logits, tiny_config, tokens
 
 import dca_ext
 from dca_ext import (
@@ -319,10 +319,10 @@ def test_a_decoding_step_compiles_to_one_graph():
 
     _, gpu, ids, mask = on_both(padding=8)
     ids, mask = ids.cuda(), mask.cuda()
-    whole = gpu(ids, attention_mask=mask, use_cache=False).logits.float()
+    whole = logits(gpu, ids, attention_mask=mask, use_cache=False)
     cache = StaticCache(config=gpu.config, max_cache_len=32)
-    gpu(ids[:, :25], attention_mask=mask[:, :25], past_key_values=cache)
+    logits(gpu, ids[:, :25], attention_mask=mask[:, :25], past=cache)
     compiled = torch.compile(gpu, fullgraph=True, backend="aot_eager")
     for t in range(25, 29):
-        logits = compiled(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache).logits.float()
-        torch.testing.assert_close(logits[:, 0], whole[:, t], rtol=0, atol=0.02 * whole.abs().max().item())
+        step = logits(compiled, ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past=cache)
+        torch.testing.assert_close(step[:, 0], whole[:, t], rtol=0, atol=0.02 * whole.abs().max().item())

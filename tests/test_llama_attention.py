@@ -83,7 +83,7 @@ def test_the_modules_own_scaling_holds():
     ids = tokens(1, P + 1)
     assert_same(logits(dca, ids), logits(plain, ids), tolerance(plain, ids))
     # The same through a cache and through packing.
-    assert_same(logits(dca, ids, past_key_values=DynamicCache()), logits(plain, ids), tolerance(plain, ids))
+    assert_same(logits(dca, ids, past=DynamicCache()), logits(plain, ids), tolerance(plain, ids))
     packed = logits(dca, ids, cu_seq_lens_q=torch.tensor([0, P + 1], dtype=torch.int32))
     assert_same(packed, logits(plain, ids), tolerance(plain, ids))
 
@@ -246,7 +246,7 @@ def test_without_a_mask_padding_follows_from_position_ids(fill, cached):
     if cached:
         cache = DynamicCache()
         parts = [
-            logits(dca, ids[:, part], position_ids=position_ids[:, part], past_key_values=cache)
+            logits(dca, ids[:, part], position_ids=position_ids[:, part], past=cache)
             for part in (slice(0, 9), slice(9, 22), slice(22, 23))
         ]
         actual = torch.cat(parts, dim=1)
@@ -280,9 +280,24 @@ def test_positions_in_a_cache(cache_class, with_positions):
     parts, begin = [], 0
     for length in (5, 1, 1, 13, 6, 1, 5):
         kwargs = {"position_ids": torch.arange(begin, begin + length)[None].expand(2, -1)} if with_positions else {}
-        parts.append(logits(dca, ids[:, begin : begin + length], past_key_values=cache, **kwargs))
+        parts.append(logits(dca, ids[:, begin : begin + length], past=cache, **kwargs))
         begin += length
     assert_same(torch.cat(parts, dim=1), logits(slow_model(plain), ids), tolerance(plain, ids))
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_cache_may_come_by_the_name_of_any_version_of_transformers(name):
+    attention = with_dca(tiny_model()).model.layers[0].self_attn
+    hidden, cache = torch.randn(1, 20, 64), DynamicCache()
+    whole, _ = attention(hidden)
+    parts = [attention(hidden[:, part], **{name: cache})[0] for part in (slice(0, 13), slice(13, 20))]
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+def test_a_cache_by_another_name_is_not_passed_over():
+    attention = with_dca(tiny_model()).model.layers[0].self_attn
+    with pytest.raises(TypeError, match="kv_store must not be a cache: Dual Chunk Attention takes it as past_key_v"):
+        attention(torch.randn(1, 3, 64), kv_store=DynamicCache())
 
 
 def test_the_cache_holds_keys_rotated_once():
@@ -290,7 +305,7 @@ def test_the_cache_holds_keys_rotated_once():
     dca = with_dca(plain)
     ids = tokens(1, 20)
     cache = DynamicCache()
-    logits(dca, ids, past_key_values=cache)
+    logits(dca, ids, past=cache)
     attention = dca.model.layers[0].self_attn
     with torch.no_grad():
         hidden = dca.model.layers[0].input_layernorm(dca.model.embed_tokens(ids))
@@ -337,10 +352,10 @@ def test_packed_sequences_without_max_length():
 def test_packed_sequences_are_not_continued():
     dca = with_dca(tiny_model())
     cache = DynamicCache()
-    logits(dca, tokens(1, 4), past_key_values=cache)
+    logits(dca, tokens(1, 4), past=cache)
     borders = torch.tensor([0, 3, 5], dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seq_lens_q must come without cached tokens"):
-        logits(dca, tokens(1, 5), past_key_values=cache, cu_seq_lens_q=borders)
+        logits(dca, tokens(1, 5), past=cache, cu_seq_lens_q=borders)
     with pytest.raises(ValueError, match="cu_seq_lens_q needs a batch of one packed row; got 2 rows"):
         logits(dca, tokens(2, 5), cu_seq_lens_q=borders, use_cache=False)
 
@@ -374,7 +389,7 @@ def test_masks_with_holes_are_refused(implementation):
     mask[1, 4] = 0
     cache = DynamicCache()
     with pytest.raises(ValueError, match=r"attention_mask must be zero only before .* row 1 has a hole"):
-        logits(dca, tokens(2, 12), attention_mask=mask, past_key_values=cache)
+        logits(dca, tokens(2, 12), attention_mask=mask, past=cache)
     assert cache.get_seq_length() == 0
 
 

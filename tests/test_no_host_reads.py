@@ -115,9 +115,9 @@ def test_decoding_compiles_to_one_graph(plain, dca, fresh_compiler, implementati
         mask[1, :8] = 0
     cache = StaticCache(config=dca.config, max_cache_len=32)
     mask_for = (lambda end: {"attention_mask": mask[:, :end]}) if padded else (lambda end: {})
-    parts = [logits(dca, ids[:, :20], past_key_values=cache, **mask_for(20))]
+    parts = [logits(dca, ids[:, :20], past=cache, **mask_for(20))]
     compiled = torch.compile(dca, fullgraph=True, backend="aot_eager")
-    parts += [logits(compiled, ids[:, t : t + 1], past_key_values=cache, **mask_for(t + 1)) for t in range(20, 26)]
+    parts += [logits(compiled, ids[:, t : t + 1], past=cache, **mask_for(t + 1)) for t in range(20, 26)]
     actual, slow = torch.cat(parts, dim=1), slow_model(plain)
     for b, begin in ((0, 0), (1, 8 if padded else 0)):
         expected = logits(slow, ids[b : b + 1, begin:])

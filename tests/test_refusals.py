@@ -20,6 +20,7 @@ from dca_ext import (
     rotate_and_append_kv,
     rotate_keys,
 )
+from dca_ext.operators import call
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
 COS, SIN = tables(SMALL, DIM)
@@ -365,3 +366,26 @@ def test_an_unknown_instruction_set_is_named():
 def test_configs_for_which_the_tables_are_too_short_name_the_rows():
     with pytest.raises(ValueError, match="= 101 rows; got 49"):
         dca_attention(q_of(), K3, V3, COS, SIN, DCAConfig(64, 100))
+
+
+def test_a_refusal_is_a_value_error_also_where_torch_has_runtime_errors_only():
+    """As in torch 2.15. Other errors stay what they are."""
+
+    def as_runtime_error(operator):
+        def run(*arguments):
+            try:
+                return operator(*arguments)
+            except ValueError as error:
+                raise RuntimeError(f"{error}\nException raised from somewhere") from None
+
+        return run
+
+    bad = (q_of(dtype=torch.float64), COS, SIN, 6, 9, None, 0, None, 0, None, False)
+    with pytest.raises(ValueError, match=r"^k must be float32, bfloat16 or float16; got float64$"):
+        call(as_runtime_error(torch.ops.dca_ext.rotate_keys), *bad)
+
+    def broken(*arguments):
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match=r"^something else$"):
+        call(broken)

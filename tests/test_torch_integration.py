@@ -176,7 +176,9 @@ def test_merge_has_no_backward_either():
         merge_attention_states(outs, torch.randn(2, 1, 2, 3))[0].sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own import
+# torch's own import
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_forward_mode_says_that_there_is_none(which):
     q, k, v = qkv(seqlen=3)

@@ -12,6 +12,7 @@ import copy
 import torch
 from torch import Tensor, nn
 from transformers import (
+    Cache,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from dca_ext import reference
+from dca_ext.cache import cache_argument
 from dca_ext.config import DCAConfig
 
 FAMILIES = {
@@ -33,6 +35,9 @@ FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
 }
+
+#: What this version of transformers calls the cache.
+CACHE_ARGUMENT = cache_argument(LlamaForCausalLM)
 
 VOCABULARY = 89
 PADDING = 0
@@ -138,8 +143,10 @@ def slow_model(plain: PreTrainedModel, dca_config: DCAConfig = SMALL) -> PreTrai
     return slow
 
 
-def logits(model: PreTrainedModel, ids: Tensor, **kwargs: object) -> Tensor:
-    """fp32 logits of one pass (batch, seqlen, vocabulary)."""
+def logits(model: PreTrainedModel, ids: Tensor, *, past: Cache | None = None, **kwargs: object) -> Tensor:
+    """fp32 logits of one pass (batch, seqlen, vocabulary), behind what a cache holds."""
+    if past is not None:
+        kwargs[CACHE_ARGUMENT] = past
     with torch.no_grad():
         return model(ids, **kwargs).logits.float()
 

@@ -327,6 +327,8 @@ std::tuple<Tensor, Tensor> merge_attention_states(std::vector<Tensor> outs, std:
   return {out, lse};
 }
 
+std::string last_refusal_of_this_thread() { return last_refusal(); }
+
 }  // namespace dca::torch_ops
 
 STABLE_TORCH_LIBRARY(dca_ext, m) {
@@ -356,6 +358,12 @@ STABLE_TORCH_LIBRARY(dca_ext, m) {
       "float k_scale_value, Tensor? v_scale, float v_scale_value, Tensor(c!)? k_scale_out, Tensor(d!)? v_scale_out, "
       "bool interleaved) -> ()");
   m.def("merge_attention_states(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)");
+  m.def("last_refusal() -> str");
+}
+
+// Without tensors there is no device to choose a function by.
+STABLE_TORCH_LIBRARY_IMPL(dca_ext, CompositeExplicitAutograd, m) {
+  m.impl("last_refusal", TORCH_BOX(&dca::torch_ops::last_refusal_of_this_thread));
 }
 
 // The same functions for both devices: the core chooses the backend, and says so where it was built without one.

@@ -23,11 +23,21 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 /// Arrives in Python as ValueError.
-[[noreturn]] inline void refuse(const std::string& message) { throw std::invalid_argument(message); }
+/// What this thread last refused. torch 2.15 no longer tells kinds of C++ exceptions apart, all become RuntimeError: so
+/// Python asks whether one was a refusal, which is a ValueError there.
+inline std::string& last_refusal() {
+  thread_local std::string message;
+  return message;
+}
+
+[[noreturn]] inline void refuse(const std::string& message) {
+  last_refusal() = message;
+  throw std::invalid_argument(message);
+}
 
 inline void check_status(const Status& status) {
   if (status.ok()) return;
-  if (status.code() == StatusCode::InvalidArgument) throw std::invalid_argument(status.message());
+  if (status.code() == StatusCode::InvalidArgument) refuse(status.message());
   throw std::runtime_error(status.message());
 }
 

@@ -19,11 +19,13 @@ def prefill(
     """
     from transformers import DynamicCache
 
+    from dca_ext.cache import cache_argument
+
     cache = DynamicCache(config=model.config)
-    logits = None
+    logits, options = None, {cache_argument(model): cache, "use_cache": True, "logits_to_keep": 1}
     with torch.inference_mode():
         for piece in prompt.to(model.device).split(piece_len, dim=1):
-            logits = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(piece, **options).logits
             if advance is not None:
                 advance(piece.shape[1])
     if logits is None:
@@ -43,6 +45,9 @@ def decode(
 
     ``choose`` picks a token from logits (vocab,).
     """
+    from dca_ext.cache import cache_argument
+
+    options = {cache_argument(model): cache, "use_cache": True, "logits_to_keep": 1}
     for produced in range(max_new_tokens):
         token = choose(logits)
         if token in stop_ids:
@@ -51,7 +56,7 @@ def decode(
         if produced + 1 < max_new_tokens:
             with torch.inference_mode():
                 step = torch.tensor([[token]], device=model.device)
-                logits = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+                logits = model(step, **options).logits[0, -1]
 
 
 def greedy(logits: Tensor) -> int:
