@@ -99,6 +99,20 @@ MUTATIONS = [
         "Cached* const value = row_of<Cached>(p.v_cache, batch, slot > 0 ? slot - 1 : slot, head);",
     ),
     Mutation(
+        "offsets: those of keys have 32 bits",
+        COMMON + "tile_scheduler.h",
+        "static_cast<const char*>(cache.data) + offset * element_bytes",
+        "static_cast<const char*>(cache.data) + static_cast<int32_t>(offset) * element_bytes",
+        tests="*FarMemory*",
+    ),
+    Mutation(
+        "offsets: those of results have 32 bits",
+        COMMON + "output_rows.h",
+        "batch + (tile.seqlen.q_row + row) * stride.row + head * stride.head",
+        "batch + static_cast<int32_t>((tile.seqlen.q_row + row) * stride.row + head * stride.head)",
+        tests="*FarMemory*",
+    ),
+    Mutation(
         "e4m3: Q keeps the order of its columns",
         SM80 + "decode_tile.h",
         "std::conditional_t<Traits::kE4M3, EvenColumnsFirst, ColumnsInPlace>{}",

@@ -301,17 +301,41 @@ def on_both(padding: int = 0):
     return cpu, copy.deepcopy(cpu).cuda(), ids, mask
 
 
-@pytest.mark.parametrize("padding", [0, 8])
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_a_model_generates_what_it_does_on_the_cpu(cache, padding):
-    """Tokens are equal as far as the CPU's own logits tell the best from the second."""
-    cpu, gpu, ids, mask = on_both(padding)
-    kwargs = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
-    actual = gpu.generate(ids.cuda(), attention_mask=mask.cuda(), **kwargs).cpu()
-    with torch.no_grad():
-        scores = cpu(actual, attention_mask=torch.cat((mask, mask.new_ones(2, 8)), 1)).logits[:, 28:-1].float()
-    chosen = scores.gather(-1, actual[:, 29:, None])[..., 0]
+def assert_as_on_the_cpu(cpu, out, mask):
+    """Each token is the best by the CPU's own logits, as far as these tell it from the second."""
+    begin = mask.shape[1]
+    scores = logits(cpu, out, attention_mask=torch.cat((mask, mask.new_ones(len(out), out.shape[1] - begin)), 1))
+    scores = scores[:, begin - 1 : -1]
+    chosen = scores.gather(-1, out[:, begin:, None])[..., 0]
     assert (scores.amax(-1) - chosen <= 0.02 * scores.abs().amax()).all()
+
+
+@pytest.mark.parametrize("padding", [0, 8])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"cache_implementation": "dynamic"},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "static", "prefill_chunk_size": 7},
+        {"use_cache": False},
+    ],
+    ids=lambda kwargs: "-".join(map(str, kwargs.values())),
+)
+def test_a_model_generates_what_it_does_on_the_cpu(kwargs, padding):
+    cpu, gpu, ids, mask = on_both(padding)
+    out = gpu.generate(ids.cuda(), attention_mask=mask.cuda(), max_new_tokens=8, do_sample=False, **kwargs).cpu()
+    assert_as_on_the_cpu(cpu, out, mask)
+
+
+def test_several_tokens_at_a_time_are_verified_as_on_the_cpu():
+    """Prompt lookup proposes tokens out of the prompt, which repeats itself; some are taken, some cut off again."""
+    cpu, gpu, ids, _ = on_both()
+    ids = ids[:1, :7].repeat(1, 5)
+    mask = torch.ones_like(ids)
+    out = gpu.generate(
+        ids.cuda(), attention_mask=mask.cuda(), max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=4
+    )
+    assert_as_on_the_cpu(cpu, out.cpu(), mask)
 
 
 def test_a_decoding_step_compiles_to_one_graph():
