@@ -10,7 +10,6 @@ checked on the CPU, on a device if DCA_CHECK=1, and never while torch.compile tr
 
 from __future__ import annotations
 
-import inspect
 import os
 from typing import Any
 
@@ -30,12 +29,6 @@ ATTN_IMPLEMENTATION = "dca"
 
 #: An additive mask may hold zeros and, where nothing is to be seen, values at or below this.
 _MASKED_AT_MOST = -1e4
-
-
-def cache_argument(model: Any) -> str:
-    """What the forward of a transformers model, or of a class of them, calls its cache: ``cache`` from transformers
-    5.24 on, ``past_key_values`` before."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def slots_in_use(past_key_values: Any, layer_idx: int) -> int | Tensor:

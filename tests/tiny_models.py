@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from dca_ext import reference
-from dca_ext.cache import cache_argument
+from dca_ext.cli.stream import cache_argument
 from dca_ext.config import DCAConfig
 
 FAMILIES = {

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def cache_argument(model: Any) -> str:
+    """What the forward of a transformers model, or of a class of them, calls its cache: ``cache`` from transformers
+    5.24 on, ``past_key_values`` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def prefill(
@@ -18,8 +25,6 @@ def prefill(
     ``advance(tokens)`` is called after each piece.
     """
     from transformers import DynamicCache
-
-    from dca_ext.cache import cache_argument
 
     cache = DynamicCache(config=model.config)
     logits, options = None, {cache_argument(model): cache, "use_cache": True, "logits_to_keep": 1}
@@ -45,8 +50,6 @@ def decode(
 
     ``choose`` picks a token from logits (vocab,).
     """
-    from dca_ext.cache import cache_argument
-
     options = {cache_argument(model): cache, "use_cache": True, "logits_to_keep": 1}
     for produced in range(max_new_tokens):
         token = choose(logits)

@@ -69,6 +69,7 @@ struct PrefillTraits {
   static constexpr int kBlockN = kVariant == Variant::Tall   ? 96
                                  : kVariant == Variant::Wide ? (kHeadDim <= 64 ? 176 : 144)
                                  : kHeadDim <= 128           ? 128
+                                 : kE4M3                     ? 48  // 224 registers are not enough for 64
                                                              : 64;
   static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 96 ? 3 : 2;
   static constexpr int kPackedStages = 2;
@@ -111,6 +112,8 @@ struct PrefillTraits {
       GMMA::rs_op_selector<Value, Value, float, Shape<Int<kBlockM>, Int<kHeadDim>, Int<kBlockN>>, GMMA::Major::K,
                            GMMA::Major::MN>(),
       Layout<Shape<Int<kConsumers>, _1, _1>>{}));
+
+  static_assert(size<1>(typename MmaQk::AtomShape_MNK{}) == kBlockN);  // one product per step, which reads Q once
 
   struct PackedRings {
     alignas(1024) Cached k[kPackedStages * kStageElements];
