@@ -1,7 +1,7 @@
 // Tensors of more than 2^31 elements: the same numbers, close together and far apart, give the same bits.
 //
 // Only the rows that the tensors are made of are ever touched, so a simulator needs little memory. A GPU needs up to
-// 40 GB, and skips where it has less.
+// 44 GiB, and skips where it has less.
 #include <cuda_runtime_api.h>
 
 #include <memory>
