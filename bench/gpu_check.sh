@@ -21,7 +21,7 @@ Builds dca_ext on a machine with a CUDA GPU, checks it there and times it, witho
   --limit SECONDS        end after about so long (590); what is left then is reported as not run
   --out DIR              results folder (bench/results/DATE-DEVICE)
   --archive FILE         also pack the results folder into this .tar.gz
-  --jobs N               parallel compilations (one per processor)
+  --jobs N               parallel compilations and test processes (one per processor; at most 16 of the latter)
 
 Steps: machine gtest configure build modules cuda_tests pytest memcheck racecheck dca_bench dca_bench_sm80 variants
 bench_attention.
@@ -191,16 +191,37 @@ sanitize_filter() {
   echo "${filter:-$small:CudaAppend*:CudaMerge*-*LongC*}"
 }
 
-step_cuda_tests() { cuda_tests "$tree/tests/cpp/cuda/dca_cuda_tests" --gtest_brief=1; }
+# dca_cuda_tests in several processes that share the device: most of a test's time is the reference's, or the
+# sanitizer's, on the host. Words go in front of the program; the tests of far memory need most of the device's memory.
+test_shards() {  # filter, words...
+  local filter=$1 shards=$((jobs < 16 ? jobs : 16)) shard children=() failed=0
+  shift
+  for ((shard = 0; shard < shards; ++shard)); do
+    GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$shard cuda_tests "$@" "$tree/tests/cpp/cuda/dca_cuda_tests" \
+      --gtest_brief=1 --gtest_filter="$filter" >"$out/$step.$shard.tmp" 2>&1 &
+    children+=($!)
+  done
+  for ((shard = 0; shard < shards; ++shard)); do
+    wait "${children[$shard]}" || failed=1
+    cat "$out/$step.$shard.tmp"
+    rm -f "$out/$step.$shard.tmp"
+  done
+  return "$failed"
+}
+
+step_cuda_tests() {
+  local failed=0
+  test_shards '*-*FarMemory*' || failed=1
+  cuda_tests "$tree/tests/cpp/cuda/dca_cuda_tests" --gtest_brief=1 --gtest_filter='*FarMemory*' || failed=1
+  return "$failed"
+}
 
 step_memcheck() {
-  cuda_tests compute-sanitizer --tool memcheck --error-exitcode 9 "$tree/tests/cpp/cuda/dca_cuda_tests" --gtest_brief=1 \
-    --gtest_filter="$(sanitize_filter)"
+  test_shards "$(sanitize_filter)" compute-sanitizer --tool memcheck --error-exitcode 9
 }
 
 step_racecheck() {
-  cuda_tests compute-sanitizer --tool racecheck --error-exitcode 9 "$tree/tests/cpp/cuda/dca_cuda_tests" --gtest_brief=1 \
-    --gtest_filter="$(sanitize_filter)"
+  test_shards "$(sanitize_filter)" compute-sanitizer --tool racecheck --error-exitcode 9
 }
 
 # From the results folder: in the source tree, the package's own folder would be imported.
@@ -261,7 +282,7 @@ step_variants() {
   local failed=0 kernels shape
   rm -f "$out/variants.jsonl"
   while read -r shape; do
-    for kernels in sm90 sm90:unordered sm90:per_tile sm90:wide sm90:multicast sm90:tall sm80; do
+    for kernels in sm90 sm90:unordered sm90:per_tile sm90:multicast sm90:tall sm80; do
       if [[ $kernels = sm90:* && $shape = decode* ]]; then continue; fi
       if [ "$kernels" = sm90:tall ] && [[ $shape != *=64\ * ]]; then continue; fi
       echo "$kernels $shape"
@@ -316,7 +337,7 @@ run_step() {  # step, seconds
   if [ "$left" -lt "$seconds" ]; then seconds=$left; fi
   printf -- '--- %s (at most %d s)\n' "$1" "$seconds"
   # In the background, so that this shell hears of an interrupt at once.
-  timeout --kill-after=10 "$seconds" bash -c "set -uo pipefail; step_$1" >"$out/$1.log" 2>&1 &
+  timeout --kill-after=10 "$seconds" bash -c "set -uo pipefail; step=$1; step_$1" >"$out/$1.log" 2>&1 &
   child=$!
   wait "$child"
   code=$?
@@ -359,7 +380,7 @@ tree=${prebuilt:+$build}
 tree=${tree:-$build/cmake}
 export root build tree site out python cuda_lib cutlass gtest architectures instances filter variants jobs PATH
 while read -r _ _ function; do
-  case $function in step_* | cuda_tests | has_gtest | torch_dir | sanitize_filter) export -f "${function?}" ;; esac
+  case $function in step_* | cuda_tests | test_shards | has_gtest | torch_dir | sanitize_filter) export -f "${function?}" ;; esac
 done < <(declare -F)
 if [ -n "${DCA_COMMIT:-}" ]; then export DCA_COMMIT; fi
 

@@ -77,8 +77,8 @@ MUTATIONS = [
     Mutation(
         "merge: splits weigh the same",
         COMMON + "combine.cu",
-        "weight[i] = exp2_approx((weight[i] - offset) * kLog2E);",
-        "weight[i] = weight[i] > -INFINITY ? 1.0f : 0.0f;",
+        "mine[i] = exp2_approx((mine[i] - offset) * kLog2E);",
+        "mine[i] = mine[i] > -INFINITY ? 1.0f : 0.0f;",
     ),
     Mutation(
         "merge: warps of a decode tile weigh the same",
@@ -91,6 +91,18 @@ MUTATIONS = [
         COMMON + "softmax.h",
         "o(r, c) *= rescale.factor[r];",
         "o(r, c) *= 1.0f;",
+    ),
+    Mutation(
+        "softmax: a maximum stays however far it is exceeded",
+        COMMON + "softmax.h",
+        "<= kSlack) largest",
+        "<= 1e9f) largest",
+    ),
+    Mutation(
+        "runs: blocks that need a mask count as plain",
+        COMMON + "key_blocks.h",
+        "Segment::Intra && ranges_.mask_from < end) end",
+        "Segment::Intra && ranges_.mask_from < 0) end",
     ),
     Mutation(
         "append: values go to the slot before",
@@ -181,10 +193,16 @@ MUTATIONS = [
         "if (column >= limit)",
     ),
     Mutation(
+        "Hopper notes: a block does not say that it needs a mask",
+        SM90 + "traits.h",
+        "if (tile.ranges.needs_mask(block, block_n)) flags.bits |= kMasked;",
+        "",
+    ),
+    Mutation(
         "Hopper segment switch: Q stays as it was",
         SM90 + "consumer.h",
-        "if (block.segment != before) rotate_queries(tile, block.segment);",
-        "if (false && block.segment != before) rotate_queries(tile, block.segment);",
+        "if (flags.has(BlockFlags::kSwitch)) rotate_queries(",
+        "if (false && flags.has(BlockFlags::kSwitch)) rotate_queries(",
     ),
     Mutation(
         "Hopper wait: K is not waited for",
@@ -274,10 +292,10 @@ MUTATIONS = [
         ("late", "random"),
     ),
     Mutation(
-        "Hopper decode: the page of the block before",
+        "Hopper decode: pages lie one behind the other",
         SM90 + "decode_loads.h",
-        "    if (found_) source_ = KeySource",
-        "    if (found_ && ahead_stage_ != 1) source_ = KeySource",
+        "if (ahead_.in_run() && args_.attention.p.pages.page_table == nullptr) {",
+        "if (ahead_.in_run()) {",
     ),
     Mutation(
         "Hopper decode: values of nobody are not cleared",
@@ -288,7 +306,7 @@ MUTATIONS = [
     Mutation(
         "Hopper: values of other sequences are not cleared",
         SM90 + "consumer.h",
-        "if (first_key < 0 || first_key + kBlockN > kv_len) clear_foreign",
+        "if (flags.has(BlockFlags::kForeignRows)) clear_foreign",
         "if (false) clear_foreign",
     ),
     Mutation(

@@ -110,7 +110,8 @@ Status choose(const AttentionParams& p, Choice* choice) {
   plan.num_query_tiles = static_cast<int32_t>(QueryTiles::max_count(p.chunk, p.seqlen_q, shape.positions));
   const int64_t tiles = static_cast<int64_t>(plan.num_query_tiles) * p.batch * p.num_heads_kv * plan.num_head_tiles;
   const int32_t slots = device.multiprocessors * choice->instance->ctas_per_sm;
-  plan.num_splits = p.num_splits > 0 ? p.num_splits : cuda_num_splits(tiles, slots, p.seqlen_k);
+  const bool equal_tiles = choice->instance->kind == TileKind::Decode;
+  plan.num_splits = p.num_splits > 0 ? p.num_splits : cuda_num_splits(tiles, slots, p.seqlen_k, equal_tiles);
   if (tiles * plan.num_splits > INT32_MAX) {
     return {StatusCode::InvalidArgument, "attention: the batch is too large for one launch; got " +
                                              std::to_string(tiles * plan.num_splits) + " tiles"};

@@ -72,15 +72,33 @@ constexpr int64_t cuda_num_ctas(int64_t num_tiles, int32_t num_slots, bool persi
   return persistent && equal_lengths ? std::min<int64_t>(num_tiles, std::max(1, num_slots)) : num_tiles;
 }
 
-/// Key splits per tile on a device that holds `num_slots` CTAs at a time. Split only where the tiles leave slots empty;
-/// then fill them once, with at least 256 keys of the cache's capacity in each split: each writes its partial result in
-/// fp32, and the last wave of a grid that is a little too large costs as much as the first.
-constexpr int32_t cuda_num_splits(int64_t num_tiles, int32_t num_slots, int32_t max_kv_len) {
+/// Key splits per tile on a device that holds `num_slots` CTAs at a time, with at least 256 keys of the cache's
+/// capacity in each: each split writes its partial result in fp32.
+///
+/// equal_tiles: tiles take equally long, as those of decode do. The last wave of CTAs then costs as much as the others,
+/// so splits are the fewest that fill up to four waves nearly as well as any number of them does. Other tiles are split
+/// only where they leave slots empty, and then to fill them once.
+constexpr int32_t cuda_num_splits(int64_t num_tiles, int32_t num_slots, int32_t max_kv_len, bool equal_tiles) {
   constexpr int32_t kMaxSplits = 128;
   constexpr int32_t kMinKeys = 256;
-  if (num_tiles <= 0 || num_tiles * 5 >= static_cast<int64_t>(num_slots) * 4) return 1;
-  const int64_t wanted = num_slots / num_tiles;
-  return static_cast<int32_t>(std::clamp<int64_t>(wanted, 1, std::clamp(max_kv_len / kMinKeys, 1, kMaxSplits)));
+  constexpr int64_t kWaves = 4;
+  if (num_tiles <= 0 || num_slots <= 0) return 1;
+  const int64_t most = std::clamp(max_kv_len / kMinKeys, 1, kMaxSplits);
+  if (!equal_tiles) {
+    if (num_tiles * 5 >= static_cast<int64_t>(num_slots) * 4) return 1;
+    return static_cast<int32_t>(std::clamp<int64_t>(num_slots / num_tiles, 1, most));
+  }
+  // Of the slots of all waves, the share in use.
+  const auto filled = [&](int64_t splits) {
+    const int64_t ctas = num_tiles * splits;
+    return static_cast<double>(ctas) / static_cast<double>((ctas + num_slots - 1) / num_slots * num_slots);
+  };
+  const int64_t last = std::clamp<int64_t>(kWaves * num_slots / num_tiles, 1, most);
+  double best = 0.0;
+  for (int64_t splits = 1; splits <= last; ++splits) best = std::max(best, filled(splits));
+  int64_t splits = 1;
+  while (filled(splits) < 0.95 * best) ++splits;
+  return static_cast<int32_t>(splits);
 }
 
 }  // namespace dca

@@ -72,7 +72,8 @@ struct CodesProblem {
           EXPECT_TRUE(std::isnan(logit)) << "a NaN in a key must be seen";
           continue;
         }
-        EXPECT_NEAR(logit, kQuery * p.head_dim * value_of(s), 1e-6 * std::fabs(logit)) << "code " << s;
+        // Tensor cores cut the bits of a sum that lie far below its largest term. Another code is off by 1/16.
+        EXPECT_NEAR(logit, kQuery * p.head_dim * value_of(s), 1e-5 * std::fabs(logit)) << "code " << s;
         for (int32_t c = 0; c < p.head_dim; ++c) {
           const double x = out.at(out.offset(s, 0, head) + c);
           const double exact = value_of(s + c);

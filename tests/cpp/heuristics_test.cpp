@@ -85,16 +85,25 @@ TEST(Heuristics, CudaSplitsFillTheDeviceOnceAndAreNotShort) {
   for (const int64_t tiles : {1, 8, 32, 100, 263, 264, 5000}) {
     for (const int32_t slots : {1, 80, 216, 264}) {
       for (const int32_t kv_len : {0, 255, 512, 40000, 1 << 20, INT32_MAX}) {
-        const int32_t splits = cuda_num_splits(tiles, slots, kv_len);
-        ASSERT_GE(splits, 1);
-        ASSERT_LE(splits, 128);
-        ASSERT_TRUE(splits == 1 || kv_len / splits >= 256);
-        ASSERT_TRUE(splits == 1 || tiles * splits <= slots) << "a second wave";
-        // Most of the slots are in use, or there are keys or splits no more.
-        ASSERT_TRUE(2 * tiles * splits > slots || splits == 128 || kv_len / 256 <= splits);
+        for (const bool equal_tiles : {false, true}) {
+          const int32_t splits = cuda_num_splits(tiles, slots, kv_len, equal_tiles);
+          ASSERT_GE(splits, 1);
+          ASSERT_LE(splits, 128);
+          ASSERT_TRUE(splits == 1 || kv_len / splits >= 256);
+          ASSERT_TRUE(splits == 1 || tiles * splits <= (equal_tiles ? 4 : 1) * slots) << "waves too many";
+          // Most of the slots are in use, or there are keys or splits no more.
+          ASSERT_TRUE(2 * tiles * splits > slots || splits == 128 || kv_len / 256 <= splits);
+        }
       }
     }
   }
+}
+
+TEST(CudaHeuristics, SplitsOfEqualTilesFillTheirWaves) {
+  EXPECT_EQ(cuda_num_splits(8, 264, 131072, true), 32) << "as good as 33, and shares of whole blocks more often";
+  EXPECT_EQ(cuda_num_splits(256, 264, 32768, true), 1) << "nearly full as it is";
+  EXPECT_EQ(cuda_num_splits(256, 396, 32768, true), 3) << "two waves, nearly full, instead of two thirds of one";
+  EXPECT_EQ(cuda_num_splits(300, 264, 255, true), 1) << "not below 256 keys";
 }
 
 TEST(CudaHeuristics, CtasOfPersistentKernelsFillTheDeviceOnce) {

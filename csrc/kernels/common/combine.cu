@@ -1,7 +1,7 @@
 // Joins the partial results of split keys: out = sum_s exp(lse_s - lse) out_s, lse = ln sum_s exp(lse_s).
 //
-// On Hopper it starts while the attention kernel ends, and waits for it. One warp per (row, head). Lanes first share
-// the splits out for the weights, then the columns.
+// On Hopper it starts while the attention kernel ends, and waits for it. One CTA per (row, head), whose warps share the
+// splits out: what it takes is the latency of its reads, so as many of them as can be are on their way at a time.
 #include "dependent_launch.h"
 #include "launch_check.h"
 #include "numeric.h"
@@ -12,7 +12,8 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kMaxSplits = 256;
-constexpr int kSplitsPerLane = kMaxSplits / 32;
+constexpr int kAhead = 4;    // parts that a warp asks for before it uses the first
+constexpr int kColumns = 4;  // of a lane
 
 struct CombineArgs {
   AttentionParams p;
@@ -30,66 +31,96 @@ __device__ float warp_sum(float x) {
   return x;
 }
 
-template <class Element>
-__global__ void __launch_bounds__(32 * kWarps) combine_kernel(const __grid_constant__ CombineArgs args) {
-  const AttentionParams& p = args.p;
+/// Weights of the parts, exp(lse_s - largest), into `weight`; every warp finds their sum. Returns ln of the sum of all
+/// exp(lse_s), -inf if no part has seen a key.
+__device__ float find_weights(const float* lse, int64_t stride, int32_t num_splits, float* weight, float* sum) {
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;  // row * num_heads + head
-  const int64_t stride = args.total_rows * p.num_heads;
-  if (index >= stride) return;
-  wait_for_previous_kernel();
-  const int64_t row = index / p.num_heads;
-  const int32_t head = static_cast<int32_t>(index % p.num_heads);
-
-  float weight[kSplitsPerLane];
+  float mine[kMaxSplits / 32];
   float largest = -INFINITY;
   CUTE_UNROLL
-  for (int i = 0; i < kSplitsPerLane; ++i) {
+  for (int i = 0; i < kMaxSplits / 32; ++i) {
     const int32_t split = i * 32 + lane;
-    weight[i] = split < args.plan.num_splits ? args.plan.lse_accum[split * stride + index] : -INFINITY;
-    largest = fmaxf(largest, weight[i]);
+    mine[i] = split < num_splits ? lse[split * stride] : -INFINITY;
+    largest = fmaxf(largest, mine[i]);
   }
   largest = warp_max(largest);
   const float offset = largest == -INFINITY ? 0.0f : largest;
-  float sum = 0.0f;
+  *sum = 0.0f;
   CUTE_UNROLL
-  for (int i = 0; i < kSplitsPerLane; ++i) {
-    weight[i] = exp2_approx((weight[i] - offset) * kLog2E);
-    sum += weight[i];
+  for (int i = 0; i < kMaxSplits / 32; ++i) {
+    mine[i] = exp2_approx((mine[i] - offset) * kLog2E);
+    *sum += mine[i];
+    if (threadIdx.x < 32) weight[i * 32 + lane] = mine[i];
   }
-  sum = warp_sum(sum);
-  const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+  *sum = warp_sum(*sum);
+  return *sum == 0.0f ? -INFINITY : largest + logf(*sum);
+}
 
+/// sum += of the parts of this warp, weight times the lane's columns of them. A part without weight may never have been
+/// written, and is not read.
+__device__ void add_parts(const float* parts, int64_t stride, int32_t num_splits, const float* weight, float4* sum) {
+  for (int32_t first = static_cast<int32_t>(threadIdx.x) / 32; first < num_splits; first += kWarps * kAhead) {
+    float w[kAhead];
+    float4 x[kAhead];
+    CUTE_UNROLL
+    for (int i = 0; i < kAhead; ++i) {
+      const int32_t split = first + i * kWarps;
+      w[i] = split < num_splits ? weight[split] : 0.0f;
+      x[i] = w[i] != 0.0f ? *reinterpret_cast<const float4*>(parts + split * stride) : float4{};
+    }
+    CUTE_UNROLL
+    for (int i = 0; i < kAhead; ++i) {
+      sum->x += w[i] * x[i].x, sum->y += w[i] * x[i].y, sum->z += w[i] * x[i].z, sum->w += w[i] * x[i].w;
+    }
+  }
+}
+
+template <class Element>
+__global__ void __launch_bounds__(32 * kWarps) combine_kernel(const __grid_constant__ CombineArgs args) {
+  __shared__ float weight[kMaxSplits];
+  __shared__ float4 shares[kWarps][32];
+  const AttentionParams& p = args.p;
+  const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32;
+  const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
+  const int64_t index = blockIdx.x;  // row * num_heads + head
+  const int64_t stride = args.total_rows * p.num_heads;
+  const int64_t row = index / p.num_heads;
+  const int32_t head = static_cast<int32_t>(index % p.num_heads);
   const bool ragged = p.cu_seqlens_q != nullptr;
   const int64_t b = ragged ? 0 : row / p.seqlen_q;
   const int64_t in_batch = ragged ? row : row % p.seqlen_q;
   Element* const out = static_cast<Element*>(p.out.data) + b * p.out.stride.batch + in_batch * p.out.stride.row +
                        head * p.out.stride.head;
-  for (int32_t first = 0; first < p.head_dim; first += 32 * kVec<Element>) {  // one pass up to head_dim 256
-    const int32_t column = first + lane * kVec<Element>;
-    float joined[kVec<Element>] = {};
-    CUTE_UNROLL
-    for (int i = 0; i < kSplitsPerLane; ++i) {
-      for (int32_t source = 0; source < 32 && i * 32 + source < args.plan.num_splits; ++source) {
-        const float w = __shfl_sync(0xffffffff, weight[i], source);
-        if (w == 0.0f || column >= p.head_dim) continue;  // a part without weight may never have been written
-        const float* const part = args.plan.out_accum + ((i * 32 + source) * stride + index) * p.head_dim + column;
-        CUTE_UNROLL
-        for (int c = 0; c < kVec<Element>; c += 4) {
-          const float4 x = *reinterpret_cast<const float4*>(part + c);
-          joined[c] += w * x.x, joined[c + 1] += w * x.y, joined[c + 2] += w * x.z, joined[c + 3] += w * x.w;
-        }
-      }
+
+  wait_for_previous_kernel();
+  float sum;
+  const float lse = find_weights(args.plan.lse_accum + index, stride, args.plan.num_splits, weight, &sum);
+  __syncthreads();
+  const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+  for (int32_t first = 0; first < p.head_dim; first += 32 * kColumns) {
+    const int32_t column = first + lane * kColumns;
+    float4 x{};
+    if (column < p.head_dim) {
+      add_parts(args.plan.out_accum + index * p.head_dim + column, stride * p.head_dim, args.plan.num_splits, weight,
+                &x);
     }
-    if (column >= p.head_dim) continue;
-    Vec16<Element> rounded;
-    CUTE_UNROLL
-    for (int c = 0; c < kVec<Element>; ++c) rounded[c] = static_cast<Element>(joined[c] * inverse);
-    store16(out + column, rounded);
+    shares[warp][lane] = x;
+    __syncthreads();
+    if (warp == 0 && column < p.head_dim) {
+      CUTE_UNROLL
+      for (int w = 1; w < kWarps; ++w) {
+        const float4& other = shares[w][lane];
+        x.x += other.x, x.y += other.y, x.z += other.z, x.w += other.w;
+      }
+      const uint2 rounded = {round_pair<Element>(x.x * inverse, x.y * inverse),
+                             round_pair<Element>(x.z * inverse, x.w * inverse)};
+      *reinterpret_cast<uint2*>(out + column) = rounded;
+    }
+    __syncthreads();
   }
-  if (lane == 0 && p.lse != nullptr) {
+  if (threadIdx.x == 0 && p.lse != nullptr) {
     const int64_t line = ragged ? head : b * p.num_heads + head;
-    p.lse[line * (ragged ? p.total_q : p.seqlen_q) + in_batch] = sum == 0.0f ? -INFINITY : largest + logf(sum);
+    p.lse[line * (ragged ? p.total_q : p.seqlen_q) + in_batch] = lse;
   }
 }
 
@@ -97,7 +128,7 @@ __global__ void __launch_bounds__(32 * kWarps) combine_kernel(const __grid_const
 
 Status launch_combine(const AttentionParams& params, const AttentionPlan& plan) {
   const CombineArgs args{params, plan, AttentionArgs(params, plan).total_rows};
-  const int64_t ctas = (args.total_rows * params.num_heads + kWarps - 1) / kWarps;
+  const int64_t ctas = args.total_rows * params.num_heads;
   const auto kernel =
       params.dtype == DType::BFloat16 ? combine_kernel<cutlass::bfloat16_t> : combine_kernel<cutlass::half_t>;
   static std::atomic<int> known{-1};

@@ -62,11 +62,51 @@ class KeyBlockIterator {
     return block;
   }
 
+  /// Passes over the blocks that follow the one from next() in its range and are whole and need no mask; their number.
+  DCA_HOST_DEVICE int32_t skip_plain() {
+    int32_t end = rest_.end;
+    if (static_cast<Segment>(segment_) == Segment::Intra && ranges_.mask_from < end) end = ranges_.mask_from;
+    const int32_t count = end > rest_.begin ? (end - rest_.begin) / block_n_ : 0;
+    rest_.begin += count * block_n_;
+    return count;
+  }
+
  private:
   const KeyRanges& ranges_;
   KeyRange rest_;
   int32_t segment_ = 0;
   int32_t block_n_;
+};
+
+/// The same walk for loops that have little to do for a block: within a run of plain blocks - whole, of one segment,
+/// without a mask - the next one follows from the one before.
+template <bool kPhased = false>
+class KeyBlockRuns {
+ public:
+  DCA_HOST_DEVICE KeyBlockRuns(const KeyRanges& ranges, int32_t block_n) : walk_(ranges, block_n), block_n_(block_n) {}
+
+  DCA_HOST_DEVICE KeyBlock next() {
+    in_run_ = rest_of_run_ > 0;
+    if (in_run_) {
+      --rest_of_run_;
+      block_.begin += block_.count;
+      block_.count = block_n_;
+    } else {
+      block_ = walk_.next();
+      rest_of_run_ = walk_.skip_plain();
+    }
+    return block_;
+  }
+
+  /// Whether the last block is a plain one behind another of its range.
+  DCA_HOST_DEVICE bool in_run() const { return in_run_; }
+
+ private:
+  KeyBlockIterator<kPhased> walk_;
+  KeyBlock block_;
+  int32_t rest_of_run_ = 0;
+  int32_t block_n_;
+  bool in_run_ = false;
 };
 
 }  // namespace dca::cuda

@@ -59,14 +59,32 @@ __device__ __forceinline__ void store16(Element* p, const Vec16<Element>& x) {
   *reinterpret_cast<uint4*>(p) = *reinterpret_cast<const uint4*>(x.data());
 }
 
-/// A fragment of floats, rounded to nearest, in the same layout.
-template <class Element, class Tensor>
-__device__ __forceinline__ auto convert_fragment(const Tensor& source) {
+/// Two floats, rounded to nearest, in one register, the first in its lower half.
+template <class Element>
+__device__ __forceinline__ uint32_t round_pair(float first, float second) {
+  const cutlass::NumericArrayConverter<Element, float, 2> convert;
+  const auto pair = convert(cutlass::Array<float, 2>{first, second});
+  return *reinterpret_cast<const uint32_t*>(pair.data());
+}
+
+/// A fragment of floats, rounded into one of as many 16-bit elements. Register by register: copied as elements, pairs
+/// are taken apart and put together again, some 200 instructions for a block of logits.
+template <class Source, class Target>
+__device__ __forceinline__ void round_fragment(const Source& source, Target& target) {
   constexpr int kCount = decltype(cute::size(source))::value;
+  static_assert(kCount % 2 == 0 && kCount == decltype(cute::size(target))::value);
+  const auto words = cute::recast<uint32_t>(cute::make_tensor(target.data(), cute::Layout<cute::Int<kCount>>{}));
+  CUTE_UNROLL
+  for (int i = 0; i < kCount / 2; ++i) {
+    words(i) = round_pair<typename Target::value_type>(source.data()[2 * i], source.data()[2 * i + 1]);
+  }
+}
+
+/// The same into a new one of the same layout.
+template <class Element, class Source>
+__device__ __forceinline__ auto convert_fragment(const Source& source) {
   auto target = cute::make_tensor<Element>(source.layout());
-  const cutlass::NumericArrayConverter<Element, float, kCount> convert;
-  *reinterpret_cast<cutlass::Array<Element, kCount>*>(target.data()) =
-      convert(*reinterpret_cast<const cutlass::Array<float, kCount>*>(source.data()));
+  round_fragment(source, target);
   return target;
 }
 

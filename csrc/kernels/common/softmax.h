@@ -27,7 +27,10 @@ __device__ __forceinline__ constexpr auto as_operand_a(Layout layout) {
 /// cancels where O is divided by the sums.
 template <int kRows, int kHeadroom = 0>
 struct OnlineSoftmax {
-  float row_max[kRows];  ///< of the raw logits
+  /// A maximum stays what it is while weights exceed 1 by no more than 2^kSlack: O is then seldom multiplied.
+  static constexpr float kSlack = kHeadroom > 0 ? 0.0f : 8.0f;
+
+  float row_max[kRows];  ///< of the raw logits, or some that is smaller by at most kSlack powers of two
   float row_sum[kRows];  ///< this lane's share of sum 2^((logit - row_max) * scale_log2 + kHeadroom)
 
   __device__ OnlineSoftmax() {
@@ -40,6 +43,30 @@ struct OnlineSoftmax {
     float factor[kRows];
   };
 
+  /// The largest logit of each row of `s` (kRows, columns), over its four lanes. Up to four running maxima a row: one
+  /// alone would wait for itself at every column.
+  template <class Logits>
+  __device__ __forceinline__ static void row_maxima(const Logits& s, float (&maxima)[kRows]) {
+    constexpr int kColumns = decltype(cute::size<1>(s))::value;
+    constexpr int kChains = kColumns < 8 ? 1 : 4;
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      float chains[kChains];
+      CUTE_UNROLL
+      for (int c = 0; c < kChains; ++c) chains[c] = s(r, c);
+      CUTE_UNROLL
+      for (int c = kChains; c < kColumns; ++c) chains[c % kChains] = fmaxf(chains[c % kChains], s(r, c));
+      maxima[r] = chains[0];
+      CUTE_UNROLL
+      for (int i = 1; i < kChains; ++i) maxima[r] = fmaxf(maxima[r], chains[i]);
+    }
+    CUTE_UNROLL
+    for (int lanes = 1; lanes < 4; lanes *= 2) {
+      CUTE_UNROLL
+      for (int r = 0; r < kRows; ++r) maxima[r] = fmaxf(maxima[r], __shfl_xor_sync(0xffffffff, maxima[r], lanes));
+    }
+  }
+
   /// Turns the logits `s` (kRows, columns) into weights. A row may have seen no key yet, its logits all -inf.
   ///
   /// Products with the maximum are rounded, __fmul_rn: fused into the differences they would leave their rounding
@@ -47,14 +74,12 @@ struct OnlineSoftmax {
   template <class Logits>
   __device__ __forceinline__ Rescale advance(Logits& s, float scale_log2) {
     Rescale rescale;
+    float maxima[kRows];
+    row_maxima(s, maxima);
     CUTE_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      float largest = s(r, 0);
-      CUTE_UNROLL
-      for (int c = 1; c < cute::size<1>(s); ++c) largest = fmaxf(largest, s(r, c));
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
-      largest = fmaxf(largest, row_max[r]);
+      float largest = fmaxf(maxima[r], row_max[r]);
+      if ((largest - row_max[r]) * scale_log2 <= kSlack) largest = row_max[r];
       const float power = largest == -INFINITY ? 0.0f : __fmul_rn(largest, scale_log2);
       rescale.factor[r] = exp2_approx(__fmul_rn(row_max[r], scale_log2) - power);
       row_max[r] = largest;
@@ -70,16 +95,17 @@ struct OnlineSoftmax {
     return rescale;
   }
 
-  /// O (kRows, columns) times the factors. The maximum of a row seldom moves once it has seen some hundred keys; a
-  /// factor is the same in the four lanes of its row.
+  /// O (kRows, columns) times the factors. The maximum of a row seldom moves once it has seen some hundred keys.
   template <class Output>
   __device__ __forceinline__ static void apply(const Rescale& rescale, Output& o) {
+    bool moved = false;
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; ++r) moved |= rescale.factor[r] != 1.0f;
+    if (!__any_sync(0xffffffff, moved)) return;
     CUTE_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      if (__any_sync(0xffffffff, rescale.factor[r] != 1.0f)) {
-        CUTE_UNROLL
-        for (int c = 0; c < cute::size<1>(o); ++c) o(r, c) *= rescale.factor[r];
-      }
+      CUTE_UNROLL
+      for (int c = 0; c < cute::size<1>(o); ++c) o(r, c) *= rescale.factor[r];
     }
   }
 

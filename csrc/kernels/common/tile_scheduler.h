@@ -15,6 +15,10 @@ struct AttentionArgs {
   AttentionPlan plan;
   cutlass::FastDivmod heads_per_tile;
   cutlass::FastDivmod page_size;
+  cutlass::FastDivmod num_head_tiles;
+  cutlass::FastDivmod num_heads_kv;
+  cutlass::FastDivmod batch;
+  cutlass::FastDivmod num_splits;
   int64_t total_rows;  ///< query rows of all sequences
 
   explicit AttentionArgs(const AttentionParams& params, const AttentionPlan& attention_plan)
@@ -22,6 +26,10 @@ struct AttentionArgs {
         plan(attention_plan),
         heads_per_tile(attention_plan.heads_per_tile),
         page_size(params.pages.page_table != nullptr ? params.pages.page_size : 1),
+        num_head_tiles(attention_plan.num_head_tiles),
+        num_heads_kv(params.num_heads_kv),
+        batch(params.batch),
+        num_splits(attention_plan.num_splits),
         total_rows(params.cu_seqlens_q != nullptr ? params.total_q
                                                   : static_cast<int64_t>(params.batch) * params.seqlen_q) {}
 
@@ -52,16 +60,17 @@ struct WorkTile {
   __device__ void assign(const AttentionArgs& args, int32_t index) {
     const AttentionParams& p = args.p;
     const AttentionPlan& plan = args.plan;
-    const auto take = [&](int32_t count) {
-      const int32_t digit = index % count;
-      index /= count;
+    const auto take = [&](const cutlass::FastDivmod& count) {
+      int32_t quotient, digit;
+      count(quotient, digit, index);
+      index = quotient;
       return digit;
     };
-    const int32_t group = p.num_heads / p.num_heads_kv;
-    const int32_t head_in_group = take(plan.num_head_tiles) * plan.heads_per_tile;
-    kv_head = take(p.num_heads_kv);
-    b = take(p.batch);
-    split = take(plan.num_splits);
+    const int32_t group = args.num_heads_kv.div(p.num_heads);
+    const int32_t head_in_group = take(args.num_head_tiles) * plan.heads_per_tile;
+    kv_head = take(args.num_heads_kv);
+    b = take(args.batch);
+    split = take(args.num_splits);
     head_begin = kv_head * group + head_in_group;
     num_heads = min(plan.heads_per_tile, group - head_in_group);
     seqlen = SeqlenInfo::of(p, b);
@@ -99,14 +108,16 @@ struct WorkTile {
   __device__ bool empty() const { return positions.empty(); }
   __device__ int32_t num_positions() const { return positions.size(); }
 
-  /// Keys of one split out of the `keys` that the tile sees: equal shares in whole blocks of 64.
+  /// Keys of one split out of the `keys` that the tile sees: equal shares in whole blocks of 64. In 32 bits, since
+  /// splits are at most 256.
   __device__ static KeyRange split_window(int32_t keys, int32_t split, int32_t num_splits) {
-    constexpr int64_t kGranularity = 64;
+    constexpr uint32_t kGranularity = 64;
     if (num_splits == 1) return {0, keys};
-    const int64_t share = (keys + num_splits * kGranularity - 1) / (num_splits * kGranularity) * kGranularity;
-    const int64_t begin = split * share;
-    const int64_t end = begin + share;
-    return {static_cast<int32_t>(begin < keys ? begin : keys), static_cast<int32_t>(end < keys ? end : keys)};
+    const uint32_t all = static_cast<uint32_t>(keys);
+    const uint32_t blocks = (all + kGranularity - 1) / kGranularity;
+    const uint32_t share = (blocks + num_splits - 1) / static_cast<uint32_t>(num_splits) * kGranularity;
+    const uint32_t begin = static_cast<uint32_t>(split) * share;
+    return {static_cast<int32_t>(min(begin, all)), static_cast<int32_t>(min(begin + share, all))};
   }
 };
 

@@ -4,7 +4,8 @@
 //   begin()    asks for the first blocks
 //   next()     asks for one block more, and waits for the block that is next in the walk; none: its count is 0
 //   stage()    the place in the ring of that block
-//   mask()     hides what some row must not see of it
+//   masked()   whether some row must not see some key of it
+//   mask()     hides that
 //   advance()  the warp is done with that block
 //   end()      nothing is on its way any more
 #pragma once
@@ -74,6 +75,10 @@ class CopyLoads {
     return block;
   }
 
+  __device__ __forceinline__ bool masked(const KeyBlock& block) const {
+    return !walk_.in_run() && tile_.ranges.needs_mask(block, kBlockN);
+  }
+
   template <class Logits, class Coordinates>
   __device__ __forceinline__ void mask(Logits& s, const Coordinates& at, const KeyBlock& block) const {
     mask_logits(s, at, args_, tile_, block, first_row_);
@@ -104,8 +109,8 @@ class CopyLoads {
   const int32_t lane_;
   const int32_t first_row_;  ///< of a block, of those that are the warp's
   const DecodeRing<Traits> ring_;
-  KeyBlockIterator<> ahead_;
-  KeyBlockIterator<> walk_;
+  KeyBlockRuns<> ahead_;
+  KeyBlockRuns<> walk_;
   int32_t ahead_stage_ = 0;
   int32_t stage_ = 0;
 };

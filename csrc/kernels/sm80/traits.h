@@ -92,9 +92,7 @@ constexpr int decode_stages(int head_dim) { return head_dim <= 64 ? 4 : head_dim
 ///
 /// Rows of a cache of e4m3 lie in shared memory as they are, two numbers in the place of an element, and become
 /// elements on their way to the products (e4m3_products.h).
-///
-/// kUnpackedStages: of a ring whose rows are of elements; twice as many of e4m3 fit.
-template <class Element_, int kHeadDim_, class Cached_ = Element_, int kUnpackedStages = decode_stages(kHeadDim_)>
+template <class Element_, int kHeadDim_, class Cached_ = Element_>
 struct DecodeTraits {
   using Element = Element_;
   using Cached = Cached_;
@@ -108,7 +106,7 @@ struct DecodeTraits {
   static constexpr int kBlockM = 16;
   static constexpr int kWarpKeys = 16;
   static constexpr int kBlockN = kWarpKeys * kWarps;
-  static constexpr int kStages = kPacked * kUnpackedStages;
+  static constexpr int kStages = kPacked * decode_stages(kHeadDim);
   static constexpr bool kQueriesInRegisters = kHeadDim <= 128;  // beside O there is no room for more
   static constexpr int kMinCtas = 2;
 
@@ -119,11 +117,14 @@ struct DecodeTraits {
   using SmemVt = typename KvRows::template Transposed<kWarpKeys>;
   static constexpr int kStageElements = kWarpKeys * kHeadDim / kPacked;
   static constexpr int kQueryBytes = kNumSegments * kBlockM * kHeadDim * 2;
-  static constexpr int kRingBytes = 2 * kStages * kWarps * kStageElements * 2;
   // Floats; so that the rows of a half warp's stores of 8 bytes, or of a quarter warp's of 16, share no bank.
   static constexpr int kExchangeRow = kHeadDim + (kE4M3 ? 16 : 8);
   static constexpr int kExchangeBytes = kWarps * kBlockM * (kExchangeRow + 2) * 4;  // in the place of the ring
-  static constexpr int kSharedBytes = kQueryBytes + (kRingBytes > kExchangeBytes ? kRingBytes : kExchangeBytes);
+  static constexpr int shared_bytes(int stages) {
+    const int ring_bytes = 2 * stages * kWarps * kStageElements * 2;
+    return kQueryBytes + (ring_bytes > kExchangeBytes ? ring_bytes : kExchangeBytes);
+  }
+  static constexpr int kSharedBytes = shared_bytes(kStages);
 
   template <class T>
   using MmaOf = TiledMMA<MmaAtom<T>, Layout<Shape<_1, _1, _1>>, Tile<_16, _16, _16>>;

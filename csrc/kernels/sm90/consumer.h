@@ -39,10 +39,9 @@ class Consumer {
       if (tile.first_of_sequence) {
         clear_rows_without_position<Element>(args_, tile, thread_, Traits::kConsumerThreads);
       }
-      if (!tile.empty()) compute(tile);
+      if (!tile.empty()) compute(tile, slot.before);
       at.count = slot.count;  // as it was, but not kept in a register meanwhile
-      __syncwarp();           // all lanes are done with the slot
-      release(shared_.tile_empty[at.stage()]);
+      EmptyBarrier::arrive(&shared_.tile_empty[at.stage()]);
     }
     Turns::end(warpgroup());
     wait_for_stores();
@@ -58,45 +57,43 @@ class Consumer {
     __device__ auto o() { return make_tensor(acc_o.data(), as_rows_and_columns(acc_o.layout())); }
     __device__ auto s() { return make_tensor(acc_s.data(), as_rows_and_columns(acc_s.layout())); }
     __device__ auto p() { return make_tensor(weights.data(), as_operand_a(weights.layout())); }
-    __device__ void keep_weights() { copy(convert_fragment<Value>(acc_s), weights); }
+    __device__ void keep_weights() { round_fragment(acc_s, weights); }
   };
 
   // S = Q K^T of a block is issued before O += P V of the block before it, whose products then run under this block's
-  // softmax. The first block has none before it.
-  __device__ void compute(const WorkTile& tile) {
-    KeyBlockIterator<true> walk(tile.ranges, kBlockN);
-    KeyBlock block = walk.next();
-    if (block.count > 0) rotate_queries(tile, block.segment);
-
+  // softmax. The first block has none before it. `flags`: of what came before.
+  __device__ void compute(const WorkTile& tile, BlockFlags flags) {
     const float scale_log2 = scale_of(tile).magnitude_log2;
     Fragments f;
     clear(f.acc_o);
     auto o = f.o();
     auto s = f.s();
     Softmax softmax;
-    if (block.count > 0) {
+    if (!flags.has(BlockFlags::kLast)) {
+      rotate_queries(tile, flags.next_segment());
       wait_for_keys();
       Turns::take(warpgroup());
       issue_qk(f);
+      flags = flags_of_keys();
       Turns::pass(warpgroup());
       warpgroup_wait<0>();
-      finish_qk(f, tile, block);
+      finish_qk(f, tile, flags);
       softmax.advance(s, scale_log2);  // O is still 0
       f.keep_weights();
       at_.advance();
       for (;;) {
-        wait_for_values(tile, block);
-        const Segment before = block.segment;
-        block = walk.next();
-        if (block.count == 0) break;
-        if (block.segment != before) rotate_queries(tile, block.segment);
+        if (flags.has(BlockFlags::kForeignRows)) clear_foreign_values(tile);
+        if (flags.has(BlockFlags::kLast)) break;
+        if (flags.has(BlockFlags::kSwitch)) rotate_queries(tile, flags.next_segment());
         wait_for_keys();
         Turns::take(warpgroup());
         issue_qk(f);
+        flags = flags_of_keys();  // this and the wait for values take time, in which the products run
+        wait_for_values();
         issue_pv(f);
         Turns::pass(warpgroup());
         warpgroup_wait<1>();  // the logits; the values' products go on
-        finish_qk(f, tile, block);
+        finish_qk(f, tile, flags);
         const auto rescale = softmax.advance(s, scale_log2);
         stay_in_front(softmax);
         finish_pv(f);
@@ -104,6 +101,7 @@ class Consumer {
         f.keep_weights();
         at_.advance();
       }
+      wait_for_values();
       issue_pv(f);
       finish_pv(f);
     }
@@ -132,12 +130,16 @@ class Consumer {
   }
 
   // After the wait for it.
-  __device__ __forceinline__ void finish_qk(Fragments& f, const WorkTile& tile, const KeyBlock& block) const {
+  __device__ __forceinline__ void finish_qk(Fragments& f, const WorkTile& tile, BlockFlags flags) const {
     warpgroup_fence_operand(f.acc_s);
+    if (flags.has(BlockFlags::kMasked)) {
+      const BlockNote& note = shared_.notes[at_.stage()];
+      const KeyBlock block{read_by_one(note.block.begin), read_by_one(note.block.count),
+                           flags.has(BlockFlags::kIntra) ? Segment::Intra : Segment::Inter};
+      auto s = f.s();
+      mask_block(s, coordinates<kBlockN>(MmaQk{}), args_, tile, block, read_by_one(note.first_key));
+    }
     release_block(shared_.products.k_empty[at_.stage()]);
-    if (!tile.ranges.needs_mask(block, kBlockN)) return;
-    auto s = f.s();
-    mask_block(s, coordinates<kBlockN>(MmaQk{}), args_, tile, block, first_key_of(tile, block, kBlockN));
   }
 
   __device__ __forceinline__ void finish_pv(Fragments& f) const {
@@ -173,6 +175,14 @@ class Consumer {
     if (softmax.row_sum[0] < 0.0f || softmax.row_sum[1] < 0.0f) __trap();
   }
 
+  // A note is read by the lane that makes its place free: no other read can come too late.
+  template <class T>
+  __device__ __forceinline__ T read_by_one(const T& noted) const {
+    T value{};
+    if (made_anew(thread_) % 32 == 0) value = noted;
+    return __shfl_sync(0xffffffff, value, 0);
+  }
+
   // One arrival per warp: its reads are done, since its warpgroup's products are.
   __device__ __forceinline__ void release(uint64_t& empty) const {
     if (made_anew(thread_) % 32 == 0) EmptyBarrier::arrive(&empty);
@@ -194,16 +204,22 @@ class Consumer {
     Barrier::wait(&shared_.products.k_full[at_.stage()], at_.phase());
   }
 
-  __device__ __forceinline__ void wait_for_values(const WorkTile& tile, const KeyBlock& block) const {
+  // What is said of them, when they are there.
+  __device__ __forceinline__ BlockFlags flags_of_keys() const {
+    return {read_by_one(shared_.notes[at_.stage()].flags.bits)};
+  }
+
+  __device__ __forceinline__ void wait_for_values() const {
     Barrier::wait(&shared_.products.v_full[at_.before().stage()], at_.before().phase());
-    const int32_t first_key = first_key_of(tile, block, kBlockN);
-    const int32_t kv_len = tile.seqlen.kv_len;
-    if (first_key < 0 || first_key + kBlockN > kv_len) clear_foreign_values(first_key, kv_len);
   }
 
   // Rows that are no key of the sequence: padding, another sequence's, nobody's. A weight of 0 does not hide a NaN. All
-  // consumers see the same blocks; each writer makes its zeros visible to wgmma before they meet.
-  __device__ void clear_foreign_values(int32_t first_key, int32_t kv_len) const {
+  // consumers see the same blocks; each writer makes its zeros visible to wgmma before they meet, which they could not
+  // do in their turns.
+  __device__ void clear_foreign_values(const WorkTile& tile) const {
+    wait_for_values();
+    const int32_t first_key = read_by_one(shared_.first_keys[at_.before().stage()]);
+    const int32_t kv_len = tile.seqlen.kv_len;
     auto sV = make_tensor(make_smem_ptr(shared_.v), typename Traits::SmemKvRing{});
     constexpr int kUnits = kHeadDim / kVec<Value>;
     Vec16<Value> zero;

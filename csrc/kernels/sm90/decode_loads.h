@@ -58,9 +58,14 @@ class TmaLoads {
     request();
     Barrier::wait(&full_[stage_], phase_);
     __syncwarp();  // ldmatrix takes the whole warp, of which one lane has made the request
+    if (walk_.in_run()) return block;
     const int32_t first = first_key(block);
     if (first < 0 || first + kRows > tile_.seqlen.kv_len) clear_foreign_values(first);
     return block;
+  }
+
+  __device__ __forceinline__ bool masked(const KeyBlock& block) const {
+    return !walk_.in_run() && tile_.ranges.needs_mask(block, Traits::kBlockN);
   }
 
   template <class Logits, class Coordinates>
@@ -90,7 +95,12 @@ class TmaLoads {
   __device__ __forceinline__ void find() {
     const KeyBlock block = ahead_.next();
     found_ = block.count > 0;
-    if (found_) source_ = KeySource::of(args_.attention, tile_, first_key(block), kRows);
+    if (!found_) return;
+    if (ahead_.in_run() && args_.attention.p.pages.page_table == nullptr) {
+      source_.row += Traits::kBlockN;
+    } else {
+      source_ = KeySource::of(args_.attention, tile_, first_key(block), kRows);
+    }
   }
 
   __device__ __forceinline__ void request() {
@@ -110,7 +120,7 @@ class TmaLoads {
                                        uint64_t* full) const {
     CUTE_UNROLL
     for (int box = 0; box < Traits::kBoxes; ++box) {
-      SM90_TMA_LOAD_4D::copy(&map, full, static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL), target,
+      SM90_TMA_LOAD_4D::copy(&map, full, static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_FIRST), target,
                              box * Traits::kBoxColumns * Traits::kPacked, source.row, kv_head_, source.batch);
       target += kRows * Traits::kBoxColumns;
     }
@@ -136,8 +146,8 @@ class TmaLoads {
   const int32_t kv_head_;
   const Ring ring_;
   uint64_t* const full_;
-  KeyBlockIterator<true> ahead_;
-  KeyBlockIterator<true> walk_;
+  KeyBlockRuns<true> ahead_;
+  KeyBlockRuns<true> walk_;
   int32_t ahead_stage_ = 0;
   int32_t stage_ = 0;
   uint32_t phase_ = 0;

@@ -132,6 +132,13 @@ __device__ __forceinline__ int32_t first_key_of(const WorkTile& tile, const KeyB
   return block.begin - tile.ranges.rows_in_front(block.begin, block_n);
 }
 
+/// What is to be said of a block, which `next` follows in its tile.
+template <class Traits>
+__device__ __forceinline__ BlockNote note_of(const WorkTile& tile, const KeyBlock& block, const KeyBlock& next) {
+  const int32_t first_key = first_key_of(tile, block, Traits::kBlockN);
+  return {block, first_key, BlockFlags::of(tile, block, next, first_key, Traits::kBlockN)};
+}
+
 /// Hides the rows that are not the block's and, in the intra segment, keys behind the row's own position.
 template <class Logits, class Coordinates>
 __device__ __forceinline__ void mask_block(Logits& s, const Coordinates& coordinates, const AttentionArgs& args,

@@ -35,12 +35,13 @@ __device__ void init_ring(RingBarriers<kStages>& ring, uint32_t writers, uint32_
 template <class Traits>
 __device__ void init_barriers(const PrefillArgs& args, typename Traits::Shared& shared) {
   constexpr uint32_t kConsumerWarps = Traits::kConsumerThreads / 32;
+  constexpr uint32_t kTileReaders = Traits::kConsumerThreads + (Traits::kE4M3 ? 128 : 0);
   constexpr uint32_t kWidenerWarps = Traits::kE4M3 ? 4 : 0;
   init_ring(shared.products, Traits::kE4M3 ? kWidenerWarps : 1, kConsumerWarps * Cluster<Traits>::size(args));
   if constexpr (Traits::kE4M3) init_ring(shared.widening, 1, kWidenerWarps);
   for (int slot = 0; slot < Traits::kTileSlots; ++slot) {
     Barrier::init(&shared.tile_full[slot], 1);
-    EmptyBarrier::init(&shared.tile_empty[slot], kConsumerWarps + kWidenerWarps);
+    EmptyBarrier::init(&shared.tile_empty[slot], kTileReaders);
   }
   cutlass::arch::fence_barrier_init();
 }

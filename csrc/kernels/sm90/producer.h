@@ -63,7 +63,11 @@ class Producer {
     while (next_tile()) {
       const WorkTile& found = tile();
       KeyBlockIterator<true> walk(found.ranges, Traits::kBlockN);
-      for (KeyBlock block = walk.next(); block.count > 0; block = walk.next()) request(found, block);
+      for (KeyBlock block = walk.next(); block.count > 0;) {
+        const KeyBlock next = walk.next();
+        request(found, note_of<Traits>(found, block, next));
+        block = next;
+      }
     }
   }
 
@@ -88,20 +92,28 @@ class Producer {
   /// The one that next_tile() has found.
   __device__ const WorkTile& tile() const { return shared_.tiles[slot_.stage()].tile; }
 
-  /// Asks for the keys and values of a block of that tile, as soon as there is room for them.
-  __device__ __forceinline__ void request(const WorkTile& tile, const KeyBlock& block) {
-    const int32_t first_key = first_key_of(tile, block, Traits::kBlockN) + first_row();
-    const KeySource source = KeySource::of(args_.attention, tile, first_key, args_.rows_per_box);
-    load(args_.k, source, tile.kv_head, rings().k, barriers().k_full, barriers().k_empty);
-    load(args_.v, source, tile.kv_head, rings().v, barriers().v_full, barriers().v_empty);
+  /// Asks for the keys and values of a block of that tile, as soon as there is room for them, and says what they are
+  /// to those who wait for them. Of packed rings the widener says it.
+  __device__ __forceinline__ void request(const WorkTile& tile, const BlockNote& note) {
+    const KeySource source = KeySource::of(args_.attention, tile, note.first_key + first_row(), args_.rows_per_box);
+    load(args_.k, source, tile.kv_head, rings().k, barriers().k_full, barriers().k_empty, [&] {
+      if constexpr (!Traits::kE4M3) shared_.notes[at_.stage()] = note;
+    });
+    load(args_.v, source, tile.kv_head, rings().v, barriers().v_full, barriers().v_empty, [&] {
+      if constexpr (!Traits::kE4M3) shared_.first_keys[at_.stage()] = note.first_key;
+    });
     at_.advance();
   }
 
  private:
   __device__ __forceinline__ void publish(bool last) {
     if (lane_ == 0) {
-      shared_.tiles[slot_.stage()].count = slot_.count;
-      shared_.tiles[slot_.stage()].last = last;
+      TileSlot& slot = shared_.tiles[slot_.stage()];
+      if (!last) {
+        slot.before = BlockFlags::in_front_of(KeyBlockIterator<true>(slot.tile.ranges, Traits::kBlockN).next());
+      }
+      slot.count = slot_.count;
+      slot.last = last;
       EmptyBarrier::arrive(&shared_.tile_full[slot_.stage()]);
     }
   }
@@ -130,11 +142,15 @@ class Producer {
     return Cluster<Traits>::rank() * num_rows() + lane_ * args_.rows_per_box;
   }
 
-  // Lane i brings the i-th box of rows, column by column of atoms.
+  // Lane i brings the i-th box of rows, column by column of atoms. `say`: into the place, before it is full.
+  template <class Say>
   __device__ __forceinline__ void load(const CUtensorMap& map, const KeySource& source, int32_t kv_head, Cached* ring,
-                                       uint64_t* full, uint64_t* empty) const {
+                                       uint64_t* full, uint64_t* empty, Say&& say) const {
     EmptyBarrier::wait(&empty[at_.stage()], at_.phase_before());
-    if (lane_ == 0) Barrier::arrive_and_expect_tx(&full[at_.stage()], Traits::kStageElements * sizeof(Cached));
+    if (lane_ == 0) {
+      say();
+      Barrier::arrive_and_expect_tx(&full[at_.stage()], Traits::kStageElements * sizeof(Cached));
+    }
     __syncwarp();
     const int32_t row = lane_ * args_.rows_per_box;
     if (row >= num_rows()) return;

@@ -21,20 +21,57 @@ enum class Variant {
   Unordered,  ///< warpgroups issue their products as they come
   PerTile,    ///< a CTA for every tile, instead of as many as the device holds
   Tall,       ///< three consumers, 192 rows, blocks of 96 keys; head_dim 64
-  Wide,       ///< blocks of 144 keys; head_dim 64: 176
   Multicast,  ///< two CTAs, heads that read the same keys, bring each other half of each block
 };
 
 constexpr const char* name_of(Variant variant) {
-  constexpr const char* kNames[] = {"", "unordered", "per_tile", "tall", "wide", "multicast"};
+  constexpr const char* kNames[] = {"", "unordered", "per_tile", "tall", "multicast"};
   return kNames[static_cast<int>(variant)];
 }
+
+/// What a consumer has to know of a block of keys besides the keys, in one register: the producer finds it out while
+/// the products run, a consumer would let them wait for it.
+struct BlockFlags {
+  static constexpr uint32_t kMasked = 1;       ///< some row must not see some key of the block
+  static constexpr uint32_t kForeignRows = 2;  ///< of the rows in the ring some are no keys of the sequence
+  static constexpr uint32_t kSwitch = 4;       ///< the next block is of another segment
+  static constexpr uint32_t kLast = 8;         ///< the tile has no further block
+  static constexpr uint32_t kIntra = 16;       ///< the block is of the intra segment
+  static constexpr int kSegmentShift = 5;      ///< of the next block's segment
+
+  uint32_t bits;
+
+  __device__ __forceinline__ bool has(uint32_t flag) const { return (bits & flag) != 0; }
+  __device__ __forceinline__ Segment next_segment() const { return static_cast<Segment>(bits >> kSegmentShift); }
+
+  /// Of what precedes `next`, a block of no segment.
+  __device__ static BlockFlags in_front_of(const KeyBlock& next) {
+    return {next.count > 0 ? kSwitch | static_cast<uint32_t>(next.segment) << kSegmentShift : kLast};
+  }
+  __device__ static BlockFlags of(const WorkTile& tile, const KeyBlock& block, const KeyBlock& next, int32_t first_key,
+                                  int32_t block_n) {
+    BlockFlags flags = in_front_of(next);
+    if (next.segment == block.segment) flags.bits &= ~kSwitch;
+    if (block.segment == Segment::Intra) flags.bits |= kIntra;
+    if (tile.ranges.needs_mask(block, block_n)) flags.bits |= kMasked;
+    if (first_key < 0 || first_key + block_n > tile.seqlen.kv_len) flags.bits |= kForeignRows;
+    return flags;
+  }
+};
+
+/// A block of keys in the rings: what is said of it.
+struct BlockNote {
+  KeyBlock block;
+  int32_t first_key;  ///< logical key of its first row in the ring, always kBlockN of them
+  BlockFlags flags;
+};
 
 /// A tile on its way from the producer, which finds it, to the consumers.
 struct TileSlot {
   WorkTile tile;
-  uint32_t count;  ///< of the tiles before it
-  bool last;       ///< there is no further tile, nor one here
+  BlockFlags before;  ///< the first block
+  uint32_t count;     ///< of the tiles before it
+  bool last;          ///< there is no further tile, nor one here
 };
 
 /// The barriers of a ring of key blocks and of one of their values.
@@ -66,20 +103,18 @@ struct PrefillTraits {
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kConsumerThreads = 128 * kConsumers;
   static constexpr int kBlockM = 64 * kConsumers;
-  static constexpr int kBlockN = kVariant == Variant::Tall   ? 96
-                                 : kVariant == Variant::Wide ? (kHeadDim <= 64 ? 176 : 144)
-                                 : kHeadDim <= 128           ? 128
-                                 : kE4M3                     ? 48  // 224 registers are not enough for 64
-                                                             : 64;
+  static constexpr int kBlockN = kVariant == Variant::Tall ? 96
+                                 : kHeadDim <= 128         ? 128
+                                 : kE4M3                   ? 48  // 224 registers are not enough for 64
+                                                           : 64;
   static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 96 ? 3 : 2;
   static constexpr int kPackedStages = 2;
   static constexpr int kLoadStages = kE4M3 ? kPackedStages : kStages;  // of the rings that TMA fills
   static constexpr int kTileSlots = 2;
   static constexpr bool kMulticast = kVariant == Variant::Multicast;
-  static constexpr int kProducerRegisters = kE4M3 ? 56 : kMulticast ? 40 : kConsumers == 2 ? 24 : 32;
-  static constexpr int kConsumerRegisters = kE4M3 ? 224 : kMulticast ? 232 : kConsumers == 2 ? 240 : 160;
-  static constexpr bool kFewRegistersLeft = kVariant == Variant::Tall || kVariant == Variant::Wide;
-  static constexpr int kQueryPairsAhead = kFewRegistersLeft ? 1 : kHeadDim <= 128 ? 4 : 2;
+  static constexpr int kProducerRegisters = kE4M3 ? 56 : kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kE4M3 ? 224 : kConsumers == 2 ? 232 : 160;
+  static constexpr int kQueryPairsAhead = kVariant == Variant::Tall ? 1 : kHeadDim <= 128 ? 4 : 2;
   /// Turns pay where a block's products take as long as its softmax. At head_dim 256 they take four times that.
   static constexpr bool kOrdered = kVariant != Variant::Unordered && kHeadDim <= 128;
   static constexpr bool kPersistent = kVariant != Variant::PerTile;
@@ -127,6 +162,8 @@ struct PrefillTraits {
     alignas(1024) Value v[cosize_v<SmemKvRing>];
     std::conditional_t<kE4M3, PackedRings, Nothing> packed;
     RingBarriers<kStages> products;                                            // of k and v, which the products read
+    BlockNote notes[kStages];                                                  // with the keys
+    int32_t first_keys[kStages];                                               // with the values
     std::conditional_t<kE4M3, RingBarriers<kPackedStages>, Nothing> widening;  // of the packed rings
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
     TileSlot tiles[kTileSlots];
@@ -134,18 +171,24 @@ struct PrefillTraits {
   static_assert(sizeof(Shared) + 1024 <= kMaxSharedBytes);
 };
 
-constexpr int decode_stages(int head_dim) { return head_dim <= 64 ? 6 : head_dim <= 96 ? 4 : head_dim <= 128 ? 3 : 2; }
-
-/// Decode: the tile of sm80, its rings as deep as two CTAs per SM have room for. A box of TMA is the 16 rows of one
-/// column of atoms in a ring's layout, whose permutation of 16-byte units is the one that TMA has for rows of that
-/// width.
+/// Decode: the tile of sm80, with loads by TMA into rings as deep as kMinCtas CTAs per SM have room for. A box of TMA
+/// is the 16 rows of one column of atoms in a ring's layout, whose permutation of 16-byte units is the one that TMA has
+/// for rows of that width.
+///
+/// A warp takes some 500 instructions for 16 keys of e4m3, most of them in chains: what an SM gets done there grows
+/// with the number of its warps. Memory bounds the others with two CTAs, and three have no registers.
 template <class Element, int kHeadDim, class Cached = Element>
-struct DecodeTraits : sm80::DecodeTraits<Element, kHeadDim, Cached, decode_stages(kHeadDim)> {
-  using Base = sm80::DecodeTraits<Element, kHeadDim, Cached, decode_stages(kHeadDim)>;
-  static constexpr int kBoxColumns = Base::KvRows::kColumns;                 // of 16 bits
-  static constexpr int kBoxes = kHeadDim / Base::kPacked / kBoxColumns;      // of 16 keys
-  static constexpr uint32_t kStageBytes = 2 * Base::kStageElements * 2;      // keys and values
-  static_assert(2 * (Base::kSharedBytes + 2048) <= kMaxSharedBytes + 1024);  // the tile and the barriers lie there too
+struct DecodeTraits : sm80::DecodeTraits<Element, kHeadDim, Cached> {
+  using Base = sm80::DecodeTraits<Element, kHeadDim, Cached>;
+  static constexpr int kMinCtas = !Base::kE4M3 || kHeadDim > 128 ? 2 : kHeadDim > 64 ? 3 : 4;
+  static constexpr int kBoxColumns = Base::KvRows::kColumns;             // of 16 bits
+  static constexpr int kBoxes = kHeadDim / Base::kPacked / kBoxColumns;  // of 16 keys
+  static constexpr uint32_t kStageBytes = 2 * Base::kStageElements * 2;  // keys and values of a warp
+  static constexpr int kOtherBytes = Base::kQueryBytes + 2048;           // the tile and the barriers, and the system's
+  static constexpr int kFitting = (kMaxSharedBytes / kMinCtas - kOtherBytes) / (kStageBytes * Base::kWarps);
+  static constexpr int kStages = kFitting < 6 ? kFitting : 6;
+  static_assert(kStages >= 2);
+  static constexpr int kSharedBytes = Base::shared_bytes(kStages);
 };
 
 }  // namespace dca::cuda::sm90

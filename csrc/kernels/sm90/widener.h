@@ -26,45 +26,46 @@ class Widener {
       if (slot.last) break;
       widen_keys(slot.tile);
       at.count = slot.count;  // as it was, but not kept in a register meanwhile
-      release(shared_.tile_empty[at.stage()]);
+      EmptyBarrier::arrive(&shared_.tile_empty[at.stage()]);
     }
   }
 
  private:
   __device__ __forceinline__ bool is_producer() const { return thread_ < 32; }
 
+  // The loads are one block ahead.
   __device__ void widen_keys(const WorkTile& tile) {
+    static_assert(Traits::kPackedStages == 2);
     RingBarriers<Traits::kPackedStages>& from = shared_.widening;
     RingBarriers<Traits::kStages>& to = shared_.products;
     KeyBlockIterator<true> ahead(tile.ranges, Traits::kBlockN);
-    CUTE_UNROLL
-    for (int i = 0; i + 1 < Traits::kPackedStages; ++i) request(tile, ahead.next());
-    for (int32_t rest = num_blocks(tile); rest > 0; --rest, ++count_) {
-      request(tile, ahead.next());
-      widen(shared_.packed.k, from.k_full, from.k_empty, shared_.k, to.k_full, to.k_empty);
-      widen(shared_.packed.v, from.v_full, from.v_empty, shared_.v, to.v_full, to.v_empty);
+    KeyBlock block = ahead.next();
+    request(tile, block);
+    for (; block.count > 0; ++count_) {
+      const KeyBlock next = ahead.next();
+      request(tile, next);
+      const RingPosition<Traits::kStages> place{count_};
+      widen(shared_.packed.k, from.k_full, from.k_empty, shared_.k, to.k_full, to.k_empty,
+            [&] { shared_.notes[place.stage()] = note_of<Traits>(tile, block, next); });
+      widen(shared_.packed.v, from.v_full, from.v_empty, shared_.v, to.v_full, to.v_empty,
+            [&] { shared_.first_keys[place.stage()] = first_key_of(tile, block, Traits::kBlockN); });
+      block = next;
     }
   }
 
   __device__ __forceinline__ void request(const WorkTile& tile, const KeyBlock& block) {
-    if (is_producer() && block.count > 0) producer_.request(tile, block);
+    if (is_producer() && block.count > 0) producer_.request(tile, note_of<Traits>(tile, block, {}));
   }
 
-  __device__ static int32_t num_blocks(const WorkTile& tile) {
-    KeyBlockIterator<true> walk(tile.ranges, Traits::kBlockN);
-    int32_t count = 0;
-    while (walk.next().count > 0) ++count;
-    return count;
-  }
-
-  // The next block of one of the rings.
-  template <class Wide>
+  // The next block of one of the rings. `say`: into its place, before it is full.
+  template <class Wide, class Say>
   __device__ __forceinline__ void widen(const Cached* packed, uint64_t* packed_full, uint64_t* packed_empty, Wide* wide,
-                                        uint64_t* wide_full, uint64_t* wide_empty) const {
+                                        uint64_t* wide_full, uint64_t* wide_empty, Say&& say) const {
     const RingPosition<Traits::kPackedStages> from{count_};
     const RingPosition<Traits::kStages> to{count_};
     Barrier::wait(&packed_full[from.stage()], from.phase());
     EmptyBarrier::wait(&wide_empty[to.stage()], to.phase_before());
+    if (thread_ == 0) say();
     const auto* numbers = reinterpret_cast<const uint16_t*>(packed + from.stage() * Traits::kStageElements);
     sm80::widen_rows<typename Traits::SmemPacked, typename Traits::SmemWidened, 128>(
         numbers, wide + to.stage() * Traits::kStageElements, made_anew(thread_));

@@ -64,6 +64,17 @@ inline void expect_nan_stays_in_its_sequence(ProblemShape s) {
   kernel_cases += 2;
 }
 
+/// Logits so far apart that the maximum of a row moves by many powers of two from block to block.
+inline void expect_maxima_may_move_far(ProblemShape s, int32_t rows) {
+  s.kv_lens = {300};
+  s.q_lens = {rows};
+  AttentionProblem problem(s);
+  AttentionParams p = problem.params();
+  p.softmax_scale = 2.0f;
+  EXPECT_TRUE(problem.matches_reference(p, {1, 2}));
+  kernel_cases += 2;
+}
+
 /// Queries for which all keys have one logit, the last `rows` of a sequence of `keys`: the LSE is that logit + ln(keys
 /// in sight). A block must leave no error of its own in the running sum, or some hundred of them add up: in sight with
 /// logits of some hundred, where one rounding is 6e-5.

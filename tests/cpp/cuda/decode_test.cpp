@@ -70,6 +70,8 @@ TEST_P(CudaDecode, SumsOfManyBlocksDoNotDrift) {
   for (const float logit : {712.0f, 747.0f}) expect_sums_without_drift(shape(), 1, 16384, logit);
 }
 
+TEST_P(CudaDecode, MaximaMayMoveFar) { expect_maxima_may_move_far(shape(4), 2); }
+
 DCA_TEST_SM80(CudaDecode, 64, 80, 96, 128, 192, 256);
 DCA_TEST_SM90(CudaDecode, 64, 80, 96, 128, 192, 256);
 

@@ -252,6 +252,8 @@ TEST_P(CudaPrefillAxes, SumsOfManyBlocksDoNotDrift) {
   for (const float logit : {712.0f, 747.0f}) expect_sums_without_drift(shape(), 40, 16384, logit);
 }
 
+TEST_P(CudaPrefillAxes, MaximaMayMoveFar) { expect_maxima_may_move_far(shape(2), 200); }
+
 TEST_P(CudaPrefillAxes, LseMayBeNull) {
   AttentionProblem problem(shape(1));
   AttentionParams p = problem.params();
