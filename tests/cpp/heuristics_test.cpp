@@ -91,8 +91,8 @@ TEST(Heuristics, CudaSplitsFillTheDeviceOnceAndAreNotShort) {
           ASSERT_LE(splits, 128);
           ASSERT_TRUE(splits == 1 || kv_len / splits >= 256);
           ASSERT_TRUE(splits == 1 || tiles * splits <= (equal_tiles ? 4 : 1) * slots) << "waves too many";
-          // Most of the slots are in use, or there are keys or splits no more.
-          ASSERT_TRUE(2 * tiles * splits > slots || splits == 128 || kv_len / 256 <= splits);
+          // Most of the slots are in use, or nearly all splits that the keys allow.
+          ASSERT_TRUE(2 * tiles * splits > slots || 100 * splits >= 95 * std::min(128, kv_len / 256));
         }
       }
     }
