@@ -70,6 +70,15 @@ TEST_P(CudaDecode, SumsOfManyBlocksDoNotDrift) {
   for (const float logit : {712.0f, 747.0f}) expect_sums_without_drift(shape(), 1, 16384, logit);
 }
 
+// The last block of the own chunk is whole, and some rows must not see all of it.
+TEST_P(CudaDecode, WholeBlocksThatNeedAMask) {
+  ProblemShape s = shape(4);
+  s.chunk = {300, 415};
+  s.kv_lens = {728, 192};
+  s.q_lens = {3, 3};
+  expect_matches_reference(s, {1, 3});
+}
+
 TEST_P(CudaDecode, MaximaMayMoveFar) { expect_maxima_may_move_far(shape(4), 2); }
 
 DCA_TEST_SM80(CudaDecode, 64, 80, 96, 128, 192, 256);
