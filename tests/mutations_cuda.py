@@ -194,8 +194,8 @@ MUTATIONS = [
     ),
     Mutation(
         "Hopper notes: a block does not say that it needs a mask",
-        SM90 + "traits.h",
-        "if (tile.ranges.needs_mask(block, block_n)) flags.bits |= kMasked;",
+        SM90 + "block_notes.h",
+        "if (tile.ranges.needs_mask(block, block_n)) flags.bits |= BlockFlags::kMasked;",
         "",
     ),
     Mutation(

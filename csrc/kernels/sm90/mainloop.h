@@ -126,19 +126,6 @@ __device__ __forceinline__ void issue_product(Mma& mma, const FragmentA& a, cons
 
 // --- Blocks of keys ---
 
-/// Logical key of the first row that TMA brings for a block: always kBlockN rows, whatever the block has. It may lie in
-/// front of the block, even of the sequence, where blocks are cut by pages.
-__device__ __forceinline__ int32_t first_key_of(const WorkTile& tile, const KeyBlock& block, int32_t block_n) {
-  return block.begin - tile.ranges.rows_in_front(block.begin, block_n);
-}
-
-/// What is to be said of a block, which `next` follows in its tile.
-template <class Traits>
-__device__ __forceinline__ BlockNote note_of(const WorkTile& tile, const KeyBlock& block, const KeyBlock& next) {
-  const int32_t first_key = first_key_of(tile, block, Traits::kBlockN);
-  return {block, first_key, BlockFlags::of(tile, block, next, first_key, Traits::kBlockN)};
-}
-
 /// Hides the rows that are not the block's and, in the intra segment, keys behind the row's own position.
 template <class Logits, class Coordinates>
 __device__ __forceinline__ void mask_block(Logits& s, const Coordinates& coordinates, const AttentionArgs& args,

@@ -65,7 +65,7 @@ class Producer {
       KeyBlockIterator<true> walk(found.ranges, Traits::kBlockN);
       for (KeyBlock block = walk.next(); block.count > 0;) {
         const KeyBlock next = walk.next();
-        request(found, note_of<Traits>(found, block, next));
+        request(found, BlockNote::of(found, block, next, Traits::kBlockN));
         block = next;
       }
     }

@@ -4,6 +4,7 @@
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <cute/tensor.hpp>
 
+#include "block_notes.h"
 #include "numeric.h"
 #include "sm80/traits.h"
 #include "tile_scheduler.h"
@@ -28,43 +29,6 @@ constexpr const char* name_of(Variant variant) {
   constexpr const char* kNames[] = {"", "unordered", "per_tile", "tall", "multicast"};
   return kNames[static_cast<int>(variant)];
 }
-
-/// What a consumer has to know of a block of keys besides the keys, in one register: the producer finds it out while
-/// the products run, a consumer would let them wait for it.
-struct BlockFlags {
-  static constexpr uint32_t kMasked = 1;       ///< some row must not see some key of the block
-  static constexpr uint32_t kForeignRows = 2;  ///< of the rows in the ring some are no keys of the sequence
-  static constexpr uint32_t kSwitch = 4;       ///< the next block is of another segment
-  static constexpr uint32_t kLast = 8;         ///< the tile has no further block
-  static constexpr uint32_t kIntra = 16;       ///< the block is of the intra segment
-  static constexpr int kSegmentShift = 5;      ///< of the next block's segment
-
-  uint32_t bits;
-
-  __device__ __forceinline__ bool has(uint32_t flag) const { return (bits & flag) != 0; }
-  __device__ __forceinline__ Segment next_segment() const { return static_cast<Segment>(bits >> kSegmentShift); }
-
-  /// Of what precedes `next`, a block of no segment.
-  __device__ static BlockFlags in_front_of(const KeyBlock& next) {
-    return {next.count > 0 ? kSwitch | static_cast<uint32_t>(next.segment) << kSegmentShift : kLast};
-  }
-  __device__ static BlockFlags of(const WorkTile& tile, const KeyBlock& block, const KeyBlock& next, int32_t first_key,
-                                  int32_t block_n) {
-    BlockFlags flags = in_front_of(next);
-    if (next.segment == block.segment) flags.bits &= ~kSwitch;
-    if (block.segment == Segment::Intra) flags.bits |= kIntra;
-    if (tile.ranges.needs_mask(block, block_n)) flags.bits |= kMasked;
-    if (first_key < 0 || first_key + block_n > tile.seqlen.kv_len) flags.bits |= kForeignRows;
-    return flags;
-  }
-};
-
-/// A block of keys in the rings: what is said of it.
-struct BlockNote {
-  KeyBlock block;
-  int32_t first_key;  ///< logical key of its first row in the ring, always kBlockN of them
-  BlockFlags flags;
-};
 
 /// A tile on its way from the producer, which finds it, to the consumers.
 struct TileSlot {

@@ -46,7 +46,7 @@ class Widener {
       request(tile, next);
       const RingPosition<Traits::kStages> place{count_};
       widen(shared_.packed.k, from.k_full, from.k_empty, shared_.k, to.k_full, to.k_empty,
-            [&] { shared_.notes[place.stage()] = note_of<Traits>(tile, block, next); });
+            [&] { shared_.notes[place.stage()] = BlockNote::of(tile, block, next, Traits::kBlockN); });
       widen(shared_.packed.v, from.v_full, from.v_empty, shared_.v, to.v_full, to.v_empty,
             [&] { shared_.first_keys[place.stage()] = first_key_of(tile, block, Traits::kBlockN); });
       block = next;
@@ -54,7 +54,7 @@ class Widener {
   }
 
   __device__ __forceinline__ void request(const WorkTile& tile, const KeyBlock& block) {
-    if (is_producer() && block.count > 0) producer_.request(tile, note_of<Traits>(tile, block, {}));
+    if (is_producer() && block.count > 0) producer_.request(tile, BlockNote::of(tile, block, {}, Traits::kBlockN));
   }
 
   // The next block of one of the rings. `say`: into its place, before it is full.
