@@ -25,7 +25,7 @@ MUTATIONS = [
     Mutation(
         "segment switch: Q stays as it was",
         SM80 + "prefill_kernel.h",
-        "if (segment != static_cast<int32_t>(blocks[0].segment)) {",
+        "if (segment != static_cast<int32_t>(block.segment)) {",
         "if (segment == -1) {",
     ),
     Mutation(
@@ -37,8 +37,8 @@ MUTATIONS = [
     Mutation(
         "wait: prefill does not wait for its copies",
         SM80 + "prefill_kernel.h",
-        "cp_async_wait<2 * (kStages - 1)>();",
-        "cp_async_wait<2 * kStages>();",
+        "    cp_async_wait<0>();\n    if constexpr (Traits::kE4M3) widen(ring_k",
+        "    if constexpr (Traits::kE4M3) widen(ring_k",
         ("late", "random"),
     ),
     Mutation(
@@ -51,9 +51,17 @@ MUTATIONS = [
     Mutation(
         "barrier: prefill's wait is not followed by one",
         SM80 + "prefill_kernel.h",
-        "widened, thread_);\n    }\n    __syncthreads();",
-        "widened, thread_);\n    }",
+        "widen(ring_k(stage), widened_k());\n    __syncthreads();",
+        "widen(ring_k(stage), widened_k());",
         ("race", "late"),
+    ),
+    Mutation(
+        "barrier: prefill reads values before all warps have widened theirs",
+        SM80 + "prefill_kernel.h",
+        "      widen(ring_v(stage), widened_v());\n      __syncthreads();\n",
+        "      widen(ring_v(stage), widened_v());\n",
+        ("race", "late"),
+        tests="*E4M3*",
     ),
     Mutation(
         "barrier: decode's warps publish into rings in use",

@@ -22,14 +22,13 @@ __device__ __forceinline__ void widen_unit(uint2 numbers, Element* unit) {
 template <class PackedLayout, class Layout, int kThreads, class Packed, class Element>
 __device__ __forceinline__ void widen_rows(const Packed* packed, Element* smem, int32_t thread) {
   using Units = ThreadUnits<PackedLayout, kThreads>;
-  const int32_t row = thread / Units::kUnits;
-  const int32_t column = thread % Units::kUnits * 8;
-  if (Units::kRowsAtOnce > Units::kRows && row >= Units::kRows) return;
+  const Units units(thread);
+  if (units.none()) return;
   // Eight lanes whose units of a row fall into two atoms begin with different halves, or they would meet in the banks.
   const bool swapped = Units::kUnits == 8 && thread % 8 >= 4;
-  const Packed* const from = packed + PackedLayout{}(row, column);
-  Element* const first = smem + Layout{}(row, 2 * column + (swapped ? 8 : 0));
-  Element* const last = smem + Layout{}(row, 2 * column + (swapped ? 0 : 8));
+  const Packed* const from = packed + PackedLayout{}(units.row, units.column);
+  Element* const first = smem + Layout{}(units.row, 2 * units.column + (swapped ? 8 : 0));
+  Element* const last = smem + Layout{}(units.row, 2 * units.column + (swapped ? 0 : 8));
   CUTE_UNROLL
   for (int further = 0; further < Units::kRows; further += Units::kRowsAtOnce) {
     CUTE_UNROLL

@@ -14,8 +14,8 @@ namespace dca::cuda::sm80 {
 
 // --- Global to shared memory ---
 
-/// Which 16-byte units of rows in shared memory of `SmemLayout` (kRows, kHeadDim) are a thread's, out of kThreads. They
-/// are whole atoms apart, so their addresses differ by constants.
+/// Which 16-byte units of rows in shared memory of `SmemLayout` (kRows, kHeadDim) are a thread's, out of kThreads: those
+/// of one column of units of the atoms, kRowsAtOnce rows and kColumns columns apart.
 template <class SmemLayout, int kThreads>
 struct ThreadUnits {
   static constexpr int kRows = size<0>(SmemLayout{});
@@ -23,22 +23,21 @@ struct ThreadUnits {
   static constexpr int kColumns = SmemRows<kHeadDim>::kColumns;
   static constexpr int kUnits = kColumns / 8;
   static constexpr int kRowsAtOnce = kThreads / kUnits;
-  static constexpr int kPasses = ceil_div(kRows, kRowsAtOnce);
   static_assert(kRows % kRowsAtOnce == 0 || kRowsAtOnce > kRows);
   static_assert(kRowsAtOnce % 8 == 0 || kRows % 8 == 0);
 
-  /// row_function(row) -> a function of a column, called for each row of the thread and each column of its units.
-  template <class RowFunction>
-  __device__ __forceinline__ static void for_each(int32_t thread, RowFunction&& row_function) {
-    const int32_t unit = thread % kUnits * 8;
-    CUTE_UNROLL
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int32_t row = pass * kRowsAtOnce + thread / kUnits;
-      if (kRowsAtOnce > kRows && row >= kRows) break;
-      const auto column_function = row_function(row);
-      CUTE_UNROLL
-      for (int first = 0; first < kHeadDim; first += kColumns) column_function(first + unit);
-    }
+  int32_t row;     ///< the first; kRows or more: the thread has none
+  int32_t column;  ///< likewise
+
+  __device__ explicit ThreadUnits(int32_t thread) : row(thread / kUnits), column(thread % kUnits * 8) {}
+  __device__ bool none() const { return kRowsAtOnce > kRows && row >= kRows; }
+
+  /// Where the unit `further` rows and `behind` columns from the first is. Units whole atoms apart are permuted alike,
+  /// so that addresses differ by constants.
+  template <class Element>
+  __device__ __forceinline__ Element* unit(Element* first, Element* smem, int further, int behind) const {
+    if (kRowsAtOnce % 8 == 0) return first + SmemLayout{}(further, behind);
+    return smem + SmemLayout{}(row + further, column + behind);
   }
 };
 
@@ -49,26 +48,38 @@ struct ThreadUnits {
 template <class SmemLayout, int kThreads, class Cached, bool kPaged, class Element>
 __device__ __forceinline__ void load_rows(const CacheRows<Cached, kPaged>& source, const KeyBlock& block,
                                           int32_t first_key, int32_t head_dim, Element* smem, int32_t thread) {
-  ThreadUnits<SmemLayout, kThreads>::for_each(thread, [&](int32_t row) {
-    const int32_t in_block = first_key + row;
-    const Cached* row_of_cache = in_block < block.count ? source.row(block.begin + in_block) : nullptr;
-    const auto* data = reinterpret_cast<const Element*>(row_of_cache);
-    return [&, row, data](int32_t column) {
-      const bool present = data != nullptr && column < head_dim;
-      const void* from_or_any = present ? static_cast<const void*>(data + column) : source.any();
-      const auto* from = static_cast<const uint128_t*>(from_or_any);
-      auto& to = *reinterpret_cast<uint128_t*>(smem + SmemLayout{}(row, column));
-      SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint128_t>::copy(*from, to, present);
-    };
-  });
+  using Units = ThreadUnits<SmemLayout, kThreads>;
+  const Units units(thread);
+  if (units.none()) return;
+  Element* const first = smem + SmemLayout{}(units.row, units.column);
+  const int32_t in_block = first_key + units.row;
+  CUTE_UNROLL
+  for (int further = 0; further < Units::kRows; further += Units::kRowsAtOnce) {
+    bool row_present = in_block + further < block.count;
+    const auto* const row =
+        reinterpret_cast<const Element*>(source.row(block.begin + in_block, further, row_present)) + units.column;
+    CUTE_UNROLL
+    for (int behind = 0; behind < Units::kHeadDim; behind += Units::kColumns) {
+      const auto* const from = reinterpret_cast<const uint128_t*>(row + behind);
+      auto& to = *reinterpret_cast<uint128_t*>(units.unit(first, smem, further, behind));
+      SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint128_t>::copy(*from, to, row_present && units.column + behind < head_dim);
+    }
+  }
 }
 
 // --- Products ---
 
+/// What multiply_qk does beside the products.
+struct NothingElse {
+  __device__ void operator()() const {}
+};
+
 /// acc = A B^T with A (M, K) and B (N, K) in shared memory. The loops are unrolled and the compiler reads ahead as far
-/// as registers allow; reading one step ahead by hand made the kernels of head_dim 128 spill.
-template <class Mma, class Acc, class SmemA, class SmemB>
-__device__ __forceinline__ void multiply_qk(Acc& acc, const SmemA& sA, const SmemB& sB, int32_t thread) {
+/// as registers allow; reading one step ahead by hand made the kernels of head_dim 128 spill. `meanwhile` is called
+/// behind a quarter of the products: the others are under way while its instructions are issued.
+template <class Mma, class Acc, class SmemA, class SmemB, class Meanwhile = NothingElse>
+__device__ __forceinline__ void multiply_qk(Acc& acc, const SmemA& sA, const SmemB& sB, int32_t thread,
+                                            Meanwhile&& meanwhile = {}) {
   Mma mma;
   const auto thr_mma = mma.get_slice(thread);
   using Element = typename SmemA::value_type;
@@ -91,6 +102,7 @@ __device__ __forceinline__ void multiply_qk(Acc& acc, const SmemA& sA, const Sme
   for_each(make_int_sequence<kSteps>{}, [&](auto k) {
     load(k);
     gemm(mma, tSrA(_, _, k), tSrB(_, _, k), acc);
+    if constexpr (decltype(k)::value == kSteps / 4) meanwhile();
   });
 }
 

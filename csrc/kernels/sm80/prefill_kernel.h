@@ -4,12 +4,14 @@
 // are packed. It walks the keys intra -> successive -> inter in blocks of kBlockN with one online softmax; between
 // segments only Q changes, and each warp rotates its own rows of Q anew. Work is split over CTAs by WorkTile.
 //
-// Shared memory: Q (kBlockM, kHeadDim) | K ring (kStages, kBlockN, kHeadDim) | V ring (the same). The K of block i +
-// kStages is requested as soon as Q K^T of block i is done, the V of block i + kStages - 1 as soon as P V of block i -
-// 1 is, so that softmax and products hide the loads. O leaves through Q's place.
+// Shared memory: Q (kBlockM, kHeadDim) | K ring (kStages, kBlockN, kHeadDim) | V ring (the same). One barrier per block:
+// behind it the block's keys and values have come, and all warps are done with the block before, whose stage the next
+// one is asked for into, amid the products of Q K^T. Within a block warps run apart, so that one's softmax meets
+// another's products. O leaves through Q's place.
 //
 // Of a cache of e4m3 the rings hold what the cache holds, and behind them lie one block of K and one of V as the
-// products want them: (kBlockN, kHeadDim) each. A thread widens what it has copied itself, once its copies have come.
+// products want them: (kBlockN, kHeadDim) each. A thread widens what it has copied itself, once its copies have come;
+// K in front of the barrier, V in front of a second one, when nobody reads the place that it goes to.
 #pragma once
 
 #include "e4m3_rows.h"
@@ -44,43 +46,34 @@ class PrefillTile {
         scale_(LogitScale::of(tile.scale * factor<Element>(args.p.k_scale))) {}
 
   __device__ void run() {
-    KeyBlockIterator<> walk(tile_.ranges, kBlockN);
-    KeyBlock blocks[kStages];  // the current one and those on their way
-    CUTE_UNROLL
-    for (int i = 0; i < kStages; ++i) blocks[i] = walk.next();
+    KeyBlockRuns<> walk(tile_.ranges, kBlockN);
+    KeyBlock block = walk.next();
+    load(block, 0);
 
     auto acc_o = partition_fragment_C(MmaPv{}, Shape<Int<kBlockM>, Int<kHeadDim>>{});
     clear(acc_o);
     auto o = make_tensor(acc_o.data(), as_rows_and_columns(acc_o.layout()));
     Softmax softmax;
 
-    CUTE_UNROLL
-    for (int i = 0; i < kStages; ++i) {
-      load_keys(blocks[i], i);
-      if (i + 1 < kStages) load_values(blocks[i], i);
-    }
     int32_t stage = 0;
     int32_t segment = -1;
-    while (blocks[0].count > 0) {
-      if (segment != static_cast<int32_t>(blocks[0].segment)) {
-        segment = static_cast<int32_t>(blocks[0].segment);
-        rotate_queries(blocks[0].segment);
+    while (block.count > 0) {
+      if (segment != static_cast<int32_t>(block.segment)) {
+        segment = static_cast<int32_t>(block.segment);
+        rotate_queries(block.segment);
       }
+      const bool masked = !walk.in_run() && tile_.ranges.needs_mask(block, kBlockN);
+      const KeyBlock next = walk.next();
       auto acc_s = partition_fragment_C(MmaQk{}, Shape<Int<kBlockM>, Int<kBlockN>>{});
-      wait_for_oldest(smem_k_, widened_k(), stage);  // K of this block; and all warps are done with V of the last one
-      load_values(blocks[kStages - 1], previous(stage));
-      multiply_qk<MmaQk>(acc_s, smem_q(), smem_k(stage), thread_);
+      wait_for_keys(stage);
+      multiply_qk<MmaQk>(acc_s, smem_q(), smem_k(stage), thread_, [&] { load(next, stage ^ 1); });
       auto s = make_tensor(acc_s.data(), as_rows_and_columns(acc_s.layout()));
-      if (tile_.ranges.needs_mask(blocks[0], kBlockN)) mask_logits(s, logit_coordinates(), args_, tile_, blocks[0], 0);
-
-      CUTE_UNROLL
-      for (int i = 0; i + 1 < kStages; ++i) blocks[i] = blocks[i + 1];
-      blocks[kStages - 1] = walk.next();
-      wait_for_oldest(smem_v_, widened_v(), stage);  // V of this block; and all warps are done with its K
-      load_keys(blocks[kStages - 1], stage);
+      if (masked) mask_logits(s, logit_coordinates(), args_, tile_, block, 0);
       softmax.apply(softmax.advance(s, scale_.magnitude_log2), o);
+      wait_for_values(stage);
       multiply_pv<MmaPv>(acc_o, acc_s, smem_vt(stage), thread_);
-      stage = stage + 1 == kStages ? 0 : stage + 1;
+      block = next;
+      stage ^= 1;
     }
     cp_async_wait<0>();
     softmax.finish();
@@ -88,16 +81,15 @@ class PrefillTile {
   }
 
  private:
-  __device__ static int32_t previous(int32_t stage) { return stage == 0 ? kStages - 1 : stage - 1; }
-
+  __device__ Element* ring_k(int32_t stage) const { return smem_k_ + stage * Traits::kStageElements; }
+  __device__ Element* ring_v(int32_t stage) const { return smem_v_ + stage * Traits::kStageElements; }
   __device__ auto smem_q() const { return make_tensor(make_smem_ptr(smem_q_), typename Traits::SmemQ{}); }
   // What the products read: a stage of a ring, or its numbers widened.
   __device__ auto smem_k(int32_t stage) const {
-    return make_tensor(make_smem_ptr(Traits::kE4M3 ? widened_k() : smem_k_ + stage * Traits::kStageElements),
-                       typename Traits::SmemKv{});
+    return make_tensor(make_smem_ptr(Traits::kE4M3 ? widened_k() : ring_k(stage)), typename Traits::SmemKv{});
   }
   __device__ auto smem_vt(int32_t stage) const {
-    auto* const values = reinterpret_cast<Value*>(smem_v_ + stage * Traits::kStageElements);
+    auto* const values = reinterpret_cast<Value*>(ring_v(stage));
     return make_tensor(make_smem_ptr(Traits::kE4M3 ? widened_v() : values), typename Traits::SmemVt{});
   }
   __device__ Element* widened_k() const { return smem_v_ + kStages * Traits::kStageElements; }
@@ -116,34 +108,38 @@ class PrefillTile {
     return make_tensor(mine.data(), as_rows_and_columns(mine.layout()));
   }
 
-  // Without a block a group is committed all the same, so that the number of groups in flight stays what it is.
-  __device__ __forceinline__ void load_keys(const KeyBlock& block, int32_t stage) {
-    const CacheRows<Cached, kPaged> keys(args_, args_.p.k, tile_, tile_.k);
-    if (block.count > 0) load(keys, block, smem_k_ + stage * Traits::kStageElements);
+  // Asks for the keys and values of a block into a stage that nobody reads any more. Without a branch, which would keep
+  // the compiler from putting the addresses between the products: behind the last block zeros come.
+  __device__ __forceinline__ void load(const KeyBlock& block, int32_t stage) {
+    load_rows(CacheRows<Cached, kPaged>(args_, args_.p.k, tile_, tile_.k), block, ring_k(stage));
+    load_rows(CacheRows<Cached, kPaged>(args_, args_.p.v, tile_, tile_.v), block, ring_v(stage));
     cp_async_fence();
   }
 
-  __device__ __forceinline__ void load_values(const KeyBlock& block, int32_t stage) {
-    const CacheRows<Cached, kPaged> values(args_, args_.p.v, tile_, tile_.v);
-    if (block.count > 0) load(values, block, smem_v_ + stage * Traits::kStageElements);
-    cp_async_fence();
+  __device__ __forceinline__ void load_rows(const CacheRows<Cached, kPaged>& source, const KeyBlock& block,
+                                            Element* stage) {
+    sm80::load_rows<typename Traits::SmemRing, Traits::kThreads>(source, block, 0,
+                                                                 args_.p.head_dim / Traits::kPacked, stage, thread_);
   }
 
-  template <class Source>
-  __device__ __forceinline__ void load(const Source& source, const KeyBlock& block, Element* stage) {
-    load_rows<typename Traits::SmemRing, Traits::kThreads>(source, block, 0, args_.p.head_dim / Traits::kPacked, stage,
-                                                           thread_);
-  }
-
-  // The place that is widened into was read before the barrier that this one follows.
-  template <class Widened>
-  __device__ __forceinline__ void wait_for_oldest(const Element* ring, Widened* widened, int32_t stage) const {
-    cp_async_wait<2 * (kStages - 1)>();
-    if constexpr (Traits::kE4M3) {
-      widen_rows<typename Traits::SmemRing, typename Traits::SmemKv, Traits::kThreads>(
-          ring + stage * Traits::kStageElements, widened, thread_);
-    }
+  // For the block's keys; and until all warps are done with the last block.
+  __device__ __forceinline__ void wait_for_keys(int32_t stage) const {
+    cp_async_wait<0>();
+    if constexpr (Traits::kE4M3) widen(ring_k(stage), widened_k());
     __syncthreads();
+  }
+
+  // For its values, which have come with the keys, but are widened behind the barrier that frees their place.
+  __device__ __forceinline__ void wait_for_values(int32_t stage) const {
+    if constexpr (Traits::kE4M3) {
+      widen(ring_v(stage), widened_v());
+      __syncthreads();
+    }
+  }
+
+  template <class Widened>
+  __device__ __forceinline__ void widen(const Element* stage, Widened* widened) const {
+    widen_rows<typename Traits::SmemRing, typename Traits::SmemKv, Traits::kThreads>(stage, widened, thread_);
   }
 
   // The warp's own rows: the tiled product gives warp w the rows 16 w ... 16 w + 15 of every 16 * kWarps.

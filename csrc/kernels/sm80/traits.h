@@ -64,7 +64,7 @@ struct PrefillTraits {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kBlockM = kHeadDim <= 128 ? 128 : 64;
   static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;  // registers: S beside O
-  static constexpr int kStages = 2;
+  static constexpr int kStages = 2;  // this block and the next
   static constexpr int kMinCtas = kHeadDim <= 128 ? 2 : 1;
 
   using Rows = SmemRows<kHeadDim>;
