@@ -14,7 +14,7 @@ Builds dca_ext on a machine with a CUDA GPU, checks it there and times it, witho
   --python PROGRAM       the Python that has torch (python3)
   --architectures LIST   for DCA_CUDA_ARCHITECTURES ("80" or "90" by the GPU, else the project's default)
   --instances LIST       for DCA_CUDA_INSTANCES (the project's default)
-  --variants             also build the variants of Hopper's prefill and time them (step variants)
+  --variants             also build the variants of the prefill kernels and time them (step variants)
   --sanitize-filter P    GoogleTest filter for compute-sanitizer (bf16 at head_dim 64 and 128, append, merge)
   --only STEPS           these steps only, separated by commas
   --skip STEPS           not these
@@ -282,9 +282,9 @@ step_variants() {
   local failed=0 kernels shape
   rm -f "$out/variants.jsonl"
   while read -r shape; do
-    for kernels in sm90 sm90:unordered sm90:per_tile sm90:multicast sm90:tall sm80; do
-      if [[ $kernels = sm90:* && $shape = decode* ]]; then continue; fi
-      if [ "$kernels" = sm90:tall ] && [[ $shape != *=64\ * ]]; then continue; fi
+    for kernels in sm90 sm90:unordered sm90:per_tile sm80 sm80:crowded; do
+      if [[ $kernels = *:* && $shape = decode* ]]; then continue; fi
+      if [ "$kernels" = sm80:crowded ] && [[ $shape != *=64\ * ]]; then continue; fi
       echo "$kernels $shape"
       # shellcheck disable=SC2086  # words
       if DCA_CUDA_KERNELS=$kernels cuda_tests "$tree/bench/cpp/dca_bench" $shape --device=cuda \
@@ -298,6 +298,7 @@ step_variants() {
 prefill --heads=32 --kv-heads=8 --head-dim=128 --seqlen=16384
 prefill --heads=32 --kv-heads=8 --head-dim=128 --seqlen=65536 --repeat=5
 prefill --heads=32 --kv-heads=8 --head-dim=64 --seqlen=16384
+prefill --heads=32 --kv-heads=8 --head-dim=64 --seqlen=65536 --repeat=5
 decode --heads=64 --kv-heads=8 --seqlen=65536
 decode --heads=64 --kv-heads=8 --seqlen=131072
 decode --heads=64 --kv-heads=8 --seqlen=131072 --page-size=64

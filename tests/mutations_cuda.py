@@ -243,8 +243,8 @@ MUTATIONS = [
     Mutation(
         "Hopper fence: Q is not made visible to wgmma",
         SM90 + "consumer.h",
-        "        made_anew(thread_) % 128, 128);\n    cutlass::arch::fence_view_async_shared();\n",
-        "        made_anew(thread_) % 128, 128);\n",
+        "        made_anew(thread_));\n    cutlass::arch::fence_view_async_shared();\n",
+        "        made_anew(thread_));\n",
         ("race",),
     ),
     Mutation(

@@ -107,7 +107,7 @@ Status choose(const AttentionParams& p, Choice* choice) {
   plan.heads_per_tile = shape.heads;
   plan.positions_per_tile = shape.positions;
   plan.num_head_tiles = (group + shape.heads - 1) / shape.heads;
-  plan.num_query_tiles = static_cast<int32_t>(QueryTiles::max_count(p.chunk, p.seqlen_q, shape.positions));
+  plan.num_query_tiles = static_cast<int32_t>(QueryTiles<>::max_count(p.chunk, p.seqlen_q, shape.positions));
   const int64_t tiles = static_cast<int64_t>(plan.num_query_tiles) * p.batch * p.num_heads_kv * plan.num_head_tiles;
   const int32_t slots = device.multiprocessors * choice->instance->ctas_per_sm;
   const bool equal_tiles = choice->instance->kind == TileKind::Decode;

@@ -151,13 +151,14 @@ TEST(QueryTiles, AreTheTilesOneAfterTheOther) {
           const QueryTiles tiles(geometry, begin, end, block_m);
           int32_t position = begin;
           for (int32_t i = 0; i < tiles.count(); ++i) {
-            const KeyRange tile = tiles.tile(i);
-            ASSERT_EQ(tile.begin, position);
-            ASSERT_EQ(tile.end, geometry.tile_end(position, block_m, end));
-            position = tile.end;
+            const QueryTile tile = tiles.tile(i);
+            ASSERT_EQ(tile.positions.begin, position);
+            ASSERT_EQ(tile.positions.end, geometry.tile_end(position, block_m, end));
+            ASSERT_EQ(tile.chunk.begin, position / geometry.chunk_len * geometry.chunk_len);
+            position = tile.positions.end;
           }
           ASSERT_EQ(position, end);
-          ASSERT_LE(tiles.count(), QueryTiles::max_count(geometry, end - begin, block_m));
+          ASSERT_LE(tiles.count(), QueryTiles<>::max_count(geometry, end - begin, block_m));
         }
       }
     }
@@ -188,7 +189,9 @@ TEST(ChunkGeometry, DoesNotOverflowNearTheLargestPosition) {
       for (SegmentIterator it(geometry, i, i + 1); !it.done(); it.next()) keys += it.keys().size();
       EXPECT_EQ(keys, static_cast<int64_t>(i) + 1);
       const QueryTiles tiles(geometry, i - 1, i + 1, 128);
-      EXPECT_EQ(tiles.tile(tiles.count() - 1).end, i + 1);
+      const QueryTile last = tiles.tile(tiles.count() - 1);
+      EXPECT_EQ(last.positions.end, i + 1);
+      EXPECT_EQ(last.chunk.begin, i - i % geometry.chunk_len);
     }
   }
 }

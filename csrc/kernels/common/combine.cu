@@ -133,7 +133,7 @@ Status launch_combine(const AttentionParams& params, const AttentionPlan& plan) 
       params.dtype == DType::BFloat16 ? combine_kernel<cutlass::bfloat16_t> : combine_kernel<cutlass::half_t>;
   static std::atomic<int> known{-1};
   return launch_kernel("attention", kernel, ctas, 32 * kWarps, 0, params.exec.stream, args,
-                       Launch{waits_by_itself(kernel, known)});
+                       waits_by_itself(kernel, known));
 }
 
 }  // namespace dca::cuda

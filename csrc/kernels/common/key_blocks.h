@@ -18,13 +18,12 @@ struct KeyRanges {
   int32_t mask_from;  ///< intra blocks that end behind this key have keys that some row must not see
   int32_t phase;      ///< for kernels that cut blocks by pages: where key + phase is a multiple of the block; -1: not
 
-  DCA_HOST_DEVICE void assign(const ChunkGeometry& chunk, KeyRange positions, SegmentSelection selection,
-                              KeyRange window, int32_t block_phase) {
+  DCA_HOST_DEVICE void assign(const QueryTile& tile, SegmentSelection selection, KeyRange window, int32_t block_phase) {
     for (KeyRange& range : keys) range = {0, 0};
-    for (SegmentIterator it(chunk, positions.begin, positions.end, selection, window); !it.done(); it.next()) {
+    for (SegmentIterator it(tile.chunk, tile.positions, selection, window); !it.done(); it.next()) {
       keys[static_cast<int32_t>(it.segment())] = it.keys();
     }
-    mask_from = positions.begin + 1;
+    mask_from = tile.positions.begin + 1;
     phase = block_phase;
   }
 

@@ -31,38 +31,27 @@ Status allow_shared_memory(Kernel* kernel, int bytes, std::atomic<uint64_t>& pre
   return cuda_status("attention", error);
 }
 
-/// What a launch may have beyond its shape.
-struct Launch {
-  bool early = false;   ///< it may start while the kernel before it in the stream ends (programmatic dependent launch)
-  int32_t cluster = 1;  ///< CTAs of a cluster
-};
-
-/// kernel<<<num_ctas, threads, shared_bytes, stream>>>(args), checked.
+/// kernel<<<num_ctas, threads, shared_bytes, stream>>>(args), checked. `early`: it may start while the kernel before it
+/// in the stream ends (programmatic dependent launch).
 template <class Args>
 Status launch_kernel(const char* name, void (*kernel)(Args), int64_t num_ctas, int threads, int shared_bytes,
-                     void* stream, const Args& args, const Launch& launch = {}) {
+                     void* stream, const Args& args, bool early = false) {
   if (num_ctas > INT_MAX) {
     return {StatusCode::InvalidArgument,
             std::string(name) + ": the batch is too large for one launch; got " + std::to_string(num_ctas) + " tiles"};
   }
   void* arguments[] = {const_cast<Args*>(&args)};
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attribute{};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(num_ctas));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attributes;
-  if (launch.early) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+  if (early) {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (launch.cluster > 1) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(launch.cluster);
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
   }
   return cuda_status(name, cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments));
 }

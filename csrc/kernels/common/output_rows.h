@@ -25,6 +25,7 @@ struct OutputRows {
   __device__ float* out_accum(int32_t row, int32_t head) const {
     return args.plan.out_accum + accum_index(row, head) * args.p.head_dim;
   }
+  __device__ bool wants_lse() const { return args.p.lse != nullptr || args.plan.num_splits > 1; }
   __device__ void store_lse(int32_t row, int32_t head, float value) const {
     if (args.plan.num_splits > 1) {
       args.plan.lse_accum[accum_index(row, head)] = value;
@@ -73,7 +74,7 @@ __device__ __forceinline__ void finish_rows(const OutputRows<Element>& rows,
     const TileRow at = TileRow::of(rows.args, rows.tile, cute::get<0>(coordinates(r, 0)));
     if (!at.valid) continue;
     const int32_t row = rows.tile.seqlen.row(at.position);
-    if (leader) rows.store_lse(row, at.head, softmax.lse(r, scale_log2));
+    if (leader && rows.wants_lse()) rows.store_lse(row, at.head, softmax.lse(r, scale_log2));
     if (rows.args.plan.num_splits == 1) continue;
     float* const accum = rows.out_accum(row, at.head);
     CUTE_UNROLL

@@ -17,96 +17,158 @@ struct ColumnsInPlace {
 
 namespace detail {
 
-/// A row of q and of the tables that belongs to a row of the tile. Rows that are not the tile's get one that exists, so
-/// that nothing that reads it needs a branch.
+/// A row of a tile: what is rotated, and whether it is the tile's. Others read a row that exists, so that nothing that
+/// does needs a branch.
 template <class Element>
-__device__ __forceinline__ RotaryRow<Element> query_row(const AttentionArgs& args, const WorkTile& tile,
-                                                        const TileRow& at, Segment segment, float sign) {
-  const AttentionParams& p = args.p;
-  const int32_t position = at.valid ? at.position : tile.positions.begin;
-  const int32_t head = at.valid ? at.head : tile.head_begin;
-  const int64_t batch = p.cu_seqlens_q != nullptr ? 0 : tile.b;
-  const int64_t table = static_cast<int64_t>(p.chunk.query_position(position, segment)) * p.rotary.half_dim;
-  RotaryRow<Element> row;
-  row.data = static_cast<const Element*>(p.q.data) + batch * p.q.stride.batch +
-             (tile.seqlen.q_row + tile.seqlen.row(position)) * p.q.stride.row + head * p.q.stride.head;
-  row.head_dim = p.head_dim;
-  row.cos = p.rotary.cos + table;
-  row.sin = p.rotary.sin + table;
-  row.factor = at.valid ? sign : 0.0f;
-  return row;
+struct QueryRow {
+  RotaryRow<Element> source;
+  bool valid;
+};
+
+/// The rows of a tile in one segment.
+template <class Element>
+class QueryRows {
+ public:
+  __device__ QueryRows(const AttentionArgs& args, const WorkTile& tile, Segment segment)
+      : args_(args), tile_(tile), positions_(args.p.chunk.query_positions(segment)) {
+    const AttentionParams& p = args.p;
+    const int64_t batch = p.cu_seqlens_q != nullptr ? 0 : tile.b;
+    first_ = static_cast<const Element*>(p.q.data) + batch * p.q.stride.batch +
+             (tile.seqlen.q_row + tile.seqlen.row(tile.positions.begin)) * p.q.stride.row +
+             tile.head_begin * p.q.stride.head;
+  }
+
+  __device__ __forceinline__ QueryRow<Element> row(int32_t tile_row) const {
+    const AttentionParams& p = args_.p;
+    const TileRow at = TileRow::of(args_, tile_, tile_row);
+    const int32_t position = at.valid ? at.position : tile_.positions.begin;
+    const int32_t head = at.valid ? at.head : tile_.head_begin;
+    const Element* const data = first_ + count(position - tile_.positions.begin) * p.q.stride.row +
+                                count(head - tile_.head_begin) * p.q.stride.head;
+    const int64_t table = count(positions_.of(position - tile_.chunk_begin)) * p.rotary.half_dim;
+    return {{data, p.head_dim, p.rotary.cos + table, p.rotary.sin + table}, at.valid};
+  }
+
+ private:
+  // As 64 bits, of which the upper ones are known to be 0: two instructions less to multiply by.
+  __device__ static int64_t count(int32_t non_negative) { return static_cast<uint32_t>(non_negative); }
+
+  const AttentionArgs& args_;
+  const WorkTile& tile_;
+  const QueryPositions positions_;
+  const Element* first_;
+};
+
+/// What rotated elements of 16 bits become on their way to shared memory: of the other sign, or 0 if their row is not
+/// the tile's.
+template <class Element>
+__device__ __forceinline__ Vec16<Element> flip_or_clear(const Vec16<Element>& x, bool negative, bool valid) {
+  static_assert(sizeof(Element) == 2);
+  const uint32_t flip = negative ? 0x80008000u : 0u;
+  const uint32_t keep = valid ? ~0u : 0u;
+  uint4 words = *reinterpret_cast<const uint4*>(x.data());
+  words = {(words.x ^ flip) & keep, (words.y ^ flip) & keep, (words.z ^ flip) & keep, (words.w ^ flip) & keep};
+  return reinterpret_cast<const Vec16<Element>&>(words);
 }
 
-/// A pair of units on its way: asked for first, rotated and stored later.
-template <class Element>
-struct QueryPair {
-  int32_t row;
-  int32_t column;
-  RotaryRow<Element> source;
-  UnitPair<Element> pair;
+/// The share of a lane, out of kLanes, of kRows rows of kPairsOfRow pairs of units.
+template <int kRows, int kPairsOfRow, int kLanes>
+struct Share {
+  static constexpr int kPairs = (kRows * kPairsOfRow + kLanes - 1) / kLanes;
 
-  __device__ QueryPair(const AttentionArgs& args, const WorkTile& tile, Segment segment, float sign, int32_t tile_row,
-                       int32_t first_column)
-      : row(tile_row),
-        column(first_column),
-        source(query_row<Element>(args, tile, TileRow::of(args, tile, tile_row), segment, sign)),
-        pair(UnitPair<Element>::load(source.data, args.p.rotary.half_dim, first_column)) {}
+  struct Place {
+    int32_t row;
+    int32_t unit;
+    bool present;
+  };
+  /// The i-th one. Where lanes are whole rows it is the same unit in each, and rows are a constant apart: without signs
+  /// compilers see that.
+  __device__ __forceinline__ static Place place(uint32_t lane, int i) {
+    if constexpr (kLanes % kPairsOfRow == 0) {
+      return of(lane / kPairsOfRow + i * (kLanes / kPairsOfRow), lane % kPairsOfRow);
+    } else {
+      const uint32_t index = lane + i * kLanes;
+      return of(index / kPairsOfRow, index % kPairsOfRow);
+    }
+  }
 
-  template <class Store>
-  __device__ void finish(int32_t half_dim, Store& store) {
-    pair.rotate(source, column);
-    pair.store(half_dim, column, [&](int32_t c, const Vec16<Element>& x) { store(row, c, x); });
+ private:
+  __device__ __forceinline__ static Place of(uint32_t row, uint32_t unit) {
+    return {static_cast<int32_t>(row), static_cast<int32_t>(unit), kRows * kPairsOfRow % kLanes == 0 || row < kRows};
   }
 };
 
-template <class PairOf, class Store, int... kIndices>
-__device__ __forceinline__ void rotate_pairs(PairOf& pair_of, Store& store, int32_t half_dim, int32_t first,
-                                             int32_t lanes, std::integer_sequence<int, kIndices...>) {
-  decltype(pair_of(0)) pairs[] = {pair_of(first + kIndices * lanes)...};
-  (pairs[kIndices].finish(half_dim, store), ...);
+/// Pairs that a lane asks for before it uses the first: the most up to `ahead` that divide its share evenly.
+constexpr int batch_of(int share, int ahead) {
+  int batch = share < ahead ? share : ahead;
+  while (share % batch != 0) --batch;
+  return batch;
+}
+
+/// Rows whose halves rotate each other, all of kHeadDim columns: places are constants, and loads come in batches.
+template <int kHeadDim, int kRows, int kLanes, int kAhead, class Element, class RowOf, class Store>
+__device__ __forceinline__ void rotate_whole_rows(const QueryRows<Element>& queries, uint32_t lane, RowOf& row_of,
+                                                  Store& store) {
+  constexpr int kHalf = kHeadDim / 2;
+  using Share = detail::Share<kRows, kHalf / kVec<Element>, kLanes>;
+  constexpr int kBatch = batch_of(Share::kPairs, kAhead);
+  CUTE_NO_UNROLL
+  for (int done = 0; done < Share::kPairs; done += kBatch) {
+    UnitPair<Element> pairs[kBatch];
+    bool valid[kBatch];
+    CUTE_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      const auto place = Share::place(lane, done + i);
+      const QueryRow<Element> row = queries.row(row_of(place.present ? place.row : 0));
+      valid[i] = row.valid;
+      pairs[i] = UnitPair<Element>::load(row.source, kHalf, place.unit * kVec<Element>);
+    }
+    CUTE_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      const auto place = Share::place(lane, done + i);
+      if (!place.present) break;
+      pairs[i].rotate();
+      pairs[i].store(kHalf, place.unit * kVec<Element>,
+                     [&](int32_t column, const Vec16<Element>& x) { store(row_of(place.row), column, x, valid[i]); });
+    }
+  }
+}
+
+/// Any others: pairs that fall anywhere, columns without rotation, and those behind head_dim.
+template <int kHeadDim, int kRows, int kLanes, class Element, class RowOf, class Store>
+__device__ __forceinline__ void rotate_any_rows(const QueryRows<Element>& queries, const RotaryTables& rotary,
+                                                uint32_t lane, RowOf& row_of, Store& store) {
+  const RotaryUnits units = RotaryUnits::of(rotary, kHeadDim, kVec<Element>);
+  CUTE_NO_UNROLL
+  for (int32_t i = static_cast<int32_t>(lane); i < kRows * units.count; i += kLanes) {
+    const int32_t tile_row = row_of(i / units.count);
+    const QueryRow<Element> row = queries.row(tile_row);
+    rotate_unit(row.source, rotary, units, i % units.count,
+                [&](int32_t column, const Vec16<Element>& x) { store(tile_row, column, x, row.valid); });
+  }
 }
 
 }  // namespace detail
 
-/// Rotates rows of the tile for `segment` into `sQ` (rows, kHeadDim) in shared memory, read anew from global memory: an
-/// unrotated copy beside them would cost as much shared memory as a stage of keys. Lane `lane` of `lanes`; they hold
-/// the rows row_of(0) ... row_of(num_rows - 1). kAhead: pairs of units that a lane asks for before it uses the first,
-/// as many as there are registers for beside what the kernel holds.
-template <int kAhead, class Smem, class RowOf, class Place = ColumnsInPlace>
+/// Rotates kRows rows of the tile, row_of(0) ... row_of(kRows - 1), for `segment` into `sQ` (rows, kHeadDim) in shared
+/// memory, by kLanes lanes: thread % kLanes is the lane. They are read anew from global memory: an unrotated copy
+/// beside them would cost as much shared memory as a stage of keys. kAhead: pairs of units that a lane asks for before
+/// it uses the first, as many as there are registers for beside what the kernel holds.
+template <int kRows, int kLanes, int kAhead, class Smem, class RowOf, class Place = ColumnsInPlace>
 __device__ __forceinline__ void load_queries(const AttentionArgs& args, const WorkTile& tile, Segment segment,
-                                             float sign, Smem&& sQ, int32_t num_rows, RowOf row_of, int32_t lane,
-                                             int32_t lanes, Place place = {}) {
+                                             float sign, Smem&& sQ, RowOf row_of, int32_t thread, Place place = {}) {
   using Element = typename std::remove_reference_t<Smem>::value_type;
   constexpr int kHeadDim = decltype(cute::size<1>(sQ))::value;
-  constexpr int kVector = kVec<Element>;
+  const detail::QueryRows<Element> queries(args, tile, segment);
   const RotaryTables& rotary = args.p.rotary;
-  const RotaryUnits units = RotaryUnits::of(rotary, kHeadDim, kVector);
-  const auto store = [&](int32_t row, int32_t column, const Vec16<Element>& x) { place(sQ, row, column, x); };
-
-  const int32_t pairs = units.offset;
-  const auto pair_of = [&](int32_t i) {
-    return detail::QueryPair<Element>(args, tile, segment, sign, row_of(i / pairs), i % pairs * kVector);
+  const uint32_t lane = static_cast<uint32_t>(thread) % kLanes;
+  const auto store = [&](int32_t row, int32_t column, const Vec16<Element>& x, bool valid) {
+    place(sQ, row, column, detail::flip_or_clear(x, sign < 0.0f, valid));
   };
-  int32_t i = lane;
-  CUTE_NO_UNROLL
-  for (; i + (kAhead - 1) * lanes < num_rows * pairs; i += kAhead * lanes) {
-    detail::rotate_pairs(pair_of, store, rotary.half_dim, i, lanes, std::make_integer_sequence<int, kAhead>{});
-  }
-  if constexpr (kAhead > 1) {
-    CUTE_NO_UNROLL
-    for (; i < num_rows * pairs; i += lanes) {
-      detail::rotate_pairs(pair_of, store, rotary.half_dim, i, lanes, std::make_integer_sequence<int, 1>{});
-    }
-  }
-
-  // Units whose pairs fall anywhere, columns without rotation, and those behind head_dim.
-  const int32_t others = units.count - pairs;
-  CUTE_NO_UNROLL
-  for (i = lane; i < num_rows * others; i += lanes) {
-    const int32_t row = row_of(i / others);
-    const int32_t unit = pairs + i % others;
-    rotate_unit(detail::query_row<Element>(args, tile, TileRow::of(args, tile, row), segment, sign), rotary, units,
-                unit, [&](int32_t column, const Vec16<Element>& x) { store(row, column, x); });
+  if (args.p.head_dim == kHeadDim && 2 * rotary.half_dim == kHeadDim && !rotary.interleaved) {
+    detail::rotate_whole_rows<kHeadDim, kRows, kLanes, kAhead>(queries, lane, row_of, store);
+  } else {
+    detail::rotate_any_rows<kHeadDim, kRows, kLanes>(queries, rotary, lane, row_of, store);
   }
 }
 

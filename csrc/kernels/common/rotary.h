@@ -28,7 +28,6 @@ struct RotaryRow {
   int32_t head_dim;     ///< columns from here on are 0
   const float* cos;     ///< (half_dim)
   const float* sin;     ///< (half_dim)
-  float factor;         ///< on every element
 };
 
 /// kColumns neighbouring columns of a row.
@@ -60,30 +59,30 @@ __device__ __forceinline__ Columns<Out, kColumns> convert(const Columns<Element,
   }
 }
 
-__device__ __forceinline__ void load_floats(const float* p, float (&x)[4]) {
-  const float4 v = *reinterpret_cast<const float4*>(p);
-  x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
-}
+// What turns kColumns columns of a row, and those half_dim further on. It is asked for together with them: a table that
+// is asked for when they have come makes its reader wait twice.
+template <int kColumns>
+struct Rotations {
+  Columns<float, kColumns> cos, sin;
 
-// Rotates the columns `a` and those half_dim further on, `b`; the results may take their place.
-template <class Out, int kColumns, class Element>
-__device__ __forceinline__ void rotate_columns(const RotaryRow<Element>& row, int32_t column,
-                                               const Columns<Element, kColumns>& a, const Columns<Element, kColumns>& b,
-                                               Columns<Out, kColumns>& first, Columns<Out, kColumns>& second) {
-  CUTE_UNROLL
-  for (int at = 0; at < kColumns; at += 4) {
-    float cos[4], sin[4];
-    load_floats(row.cos + column + at, cos);
-    load_floats(row.sin + column + at, sin);
+  template <class Element>
+  __device__ __forceinline__ static Rotations load(const RotaryRow<Element>& row, int32_t column) {
+    return {load_columns<kColumns>(row.cos + column), load_columns<kColumns>(row.sin + column)};
+  }
+
+  // Rotates the columns `a` and those half_dim further on, `b`; the results may take their place.
+  template <class Out, class Element>
+  __device__ __forceinline__ void apply(const Columns<Element, kColumns>& a, const Columns<Element, kColumns>& b,
+                                        Columns<Out, kColumns>& first, Columns<Out, kColumns>& second) const {
     CUTE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const float x = static_cast<float>(a[at + i]) * row.factor;
-      const float y = static_cast<float>(b[at + i]) * row.factor;
-      first[at + i] = static_cast<Out>(x * cos[i] - y * sin[i]);
-      second[at + i] = static_cast<Out>(x * sin[i] + y * cos[i]);
+    for (int i = 0; i < kColumns; ++i) {
+      const float x = static_cast<float>(a[i]);
+      const float y = static_cast<float>(b[i]);
+      first[i] = static_cast<Out>(x * cos[i] - y * sin[i]);
+      second[i] = static_cast<Out>(x * sin[i] + y * cos[i]);
     }
   }
-}
+};
 
 // One element of a row whose pairs fall anywhere.
 template <class Element>
@@ -101,15 +100,18 @@ __device__ __forceinline__ float rotated_element(const RotaryRow<Element>& row, 
 
 }  // namespace detail
 
-/// Columns [column, column + vector) of a row, and the same half_dim further on. Packed as they were loaded: elements
-/// by themselves would take a register each.
+/// Columns [column, column + vector) of a row, the same half_dim further on, and what rotates them. Packed as they were
+/// loaded: elements by themselves would take a register each.
 template <class Element>
 struct UnitPair {
   uint4 first;
   uint4 second;
+  detail::Rotations<kVec<Element>> rotations;
 
-  __device__ static UnitPair load(const Element* row, int32_t half_dim, int32_t column) {
-    return {*reinterpret_cast<const uint4*>(row + column), *reinterpret_cast<const uint4*>(row + column + half_dim)};
+  __device__ static UnitPair load(const RotaryRow<Element>& row, int32_t half_dim, int32_t column) {
+    return {*reinterpret_cast<const uint4*>(row.data + column),
+            *reinterpret_cast<const uint4*>(row.data + column + half_dim),
+            detail::Rotations<kVec<Element>>::load(row, column)};
   }
 
   /// Calls store(column, 16 bytes) for both units.
@@ -119,10 +121,10 @@ struct UnitPair {
     store(column + half_dim, reinterpret_cast<const Vec16<Element>&>(second));
   }
 
-  __device__ void rotate(const RotaryRow<Element>& row, int32_t column) {
+  __device__ void rotate() {
     auto& a = reinterpret_cast<Vec16<Element>&>(first);
     auto& b = reinterpret_cast<Vec16<Element>&>(second);
-    detail::rotate_columns<Element, kVec<Element>>(row, column, a, b, a, b);
+    rotations.template apply<Element>(a, b, a, b);
   }
 };
 
@@ -137,8 +139,9 @@ __device__ __forceinline__ void rotate_unit_as(const RotaryRow<Element>& row, co
     if (rotates) {
       const auto a = load_columns<kColumns>(row.data + column);
       const auto b = load_columns<kColumns>(row.data + column + rotary.half_dim);
+      const auto rotations = detail::Rotations<kColumns>::load(row, column);
       Columns<Out, kColumns> first, second;
-      detail::rotate_columns<Out, kColumns>(row, column, a, b, first, second);
+      rotations.template apply<Out>(a, b, first, second);
       store(column, first);
       store(column + rotary.half_dim, second);
     } else {
@@ -159,7 +162,7 @@ __device__ __forceinline__ void rotate_unit_as(const RotaryRow<Element>& row, co
     for (int i = 0; i < kColumns; ++i) {
       const bool in_pair = rotates && !units.paired && column + i < 2 * rotary.half_dim;
       const float value = in_pair ? detail::rotated_element(row, rotary, column + i) : static_cast<float>(plain[i]);
-      x[i] = static_cast<Out>(value * row.factor);
+      x[i] = static_cast<Out>(value);
     }
   }
   store(column, x);

@@ -73,7 +73,6 @@ __device__ RotaryRow<Element> row_to_rotate(const Params& p, const NewRow& at, i
              head * p.k.stride.head;
   row.head_dim = p.head_dim;
   row.cos = row.sin = nullptr;
-  row.factor = 1.0f;
   if (at.position >= 0) {
     // A position past 2^31 can only come from a length that no cache holds; the remainder keeps it inside the table.
     const int64_t table = (at.position % p.chunk.chunk_len) * p.rotary.half_dim;

@@ -19,6 +19,7 @@ struct AttentionArgs {
   cutlass::FastDivmod num_heads_kv;
   cutlass::FastDivmod batch;
   cutlass::FastDivmod num_splits;
+  TileDivisors<cutlass::FastDivmod> tiles;
   int64_t total_rows;  ///< query rows of all sequences
 
   explicit AttentionArgs(const AttentionParams& params, const AttentionPlan& attention_plan)
@@ -30,6 +31,7 @@ struct AttentionArgs {
         num_heads_kv(params.num_heads_kv),
         batch(params.batch),
         num_splits(attention_plan.num_splits),
+        tiles(params.chunk, attention_plan.positions_per_tile),
         total_rows(params.cu_seqlens_q != nullptr ? params.total_q
                                                   : static_cast<int64_t>(params.batch) * params.seqlen_q) {}
 
@@ -50,6 +52,7 @@ struct WorkTile {
   int32_t split;
   bool first_of_sequence;  ///< answers for the rows without a position as well
   KeyRange positions;      ///< of the queries, within one chunk
+  int32_t chunk_begin;     ///< of that chunk
   KeyRanges ranges;        ///< of the keys of this split
   SeqlenInfo seqlen;
   float scale;    ///< on the logits
@@ -79,11 +82,13 @@ struct WorkTile {
     v = first_row(p, p.v);
 
     // Later positions see more keys: the longest tile has the smallest index.
-    const QueryTiles tiles(p.chunk, seqlen.position(seqlen.first_row), seqlen.kv_len, plan.positions_per_tile);
+    const QueryTiles<cutlass::FastDivmod> tiles(p.chunk, seqlen.position(seqlen.first_row), seqlen.kv_len, args.tiles);
     const int32_t query_tile = tiles.count() - 1 - index;
-    positions = query_tile >= 0 ? tiles.tile(query_tile) : KeyRange{0, 0};
+    const QueryTile found = query_tile >= 0 ? tiles.tile(query_tile) : QueryTile{};
+    positions = found.positions;
+    chunk_begin = found.chunk.begin;
     first_of_sequence = query_tile == 0 || (index == 0 && tiles.count() == 0);
-    ranges.assign(p.chunk, positions, p.segments, split_window(positions.end, split, plan.num_splits),
+    ranges.assign(found, p.segments, split_window(args, positions.end, split),
                   p.pages.page_table != nullptr ? seqlen.leftpad : -1);
   }
 
@@ -110,12 +115,13 @@ struct WorkTile {
 
   /// Keys of one split out of the `keys` that the tile sees: equal shares in whole blocks of 64. In 32 bits, since
   /// splits are at most 256.
-  __device__ static KeyRange split_window(int32_t keys, int32_t split, int32_t num_splits) {
+  __device__ static KeyRange split_window(const AttentionArgs& args, int32_t keys, int32_t split) {
     constexpr uint32_t kGranularity = 64;
+    const int32_t num_splits = args.plan.num_splits;
     if (num_splits == 1) return {0, keys};
     const uint32_t all = static_cast<uint32_t>(keys);
     const uint32_t blocks = (all + kGranularity - 1) / kGranularity;
-    const uint32_t share = (blocks + num_splits - 1) / static_cast<uint32_t>(num_splits) * kGranularity;
+    const uint32_t share = args.num_splits.div(static_cast<int>(blocks) + num_splits - 1) * kGranularity;
     const uint32_t begin = static_cast<uint32_t>(split) * share;
     return {static_cast<int32_t>(min(begin, all)), static_cast<int32_t>(min(begin + share, all))};
   }

@@ -108,10 +108,9 @@ class DecodeTile {
     for (int32_t i = 0; i < kNumSegments; ++i) {
       if (tile_.ranges.keys[i].empty()) continue;
       const Segment segment = static_cast<Segment>(i);
-      load_queries<1>(
-          args_, tile_, segment, scale_.sign, smem_q(segment), kBlockM, [](int32_t row) { return row; },
-          static_cast<int32_t>(threadIdx.x), Traits::kThreads,
-          std::conditional_t<Traits::kE4M3, EvenColumnsFirst, ColumnsInPlace>{});
+      load_queries<kBlockM, Traits::kThreads, 4>(
+          args_, tile_, segment, scale_.sign, smem_q(segment), [](int32_t row) { return row; },
+          static_cast<int32_t>(threadIdx.x), std::conditional_t<Traits::kE4M3, EvenColumnsFirst, ColumnsInPlace>{});
     }
   }
 

@@ -14,8 +14,8 @@ namespace dca::cuda::sm80 {
 
 // --- Global to shared memory ---
 
-/// Which 16-byte units of rows in shared memory of `SmemLayout` (kRows, kHeadDim) are a thread's, out of kThreads: those
-/// of one column of units of the atoms, kRowsAtOnce rows and kColumns columns apart.
+/// Which 16-byte units of rows in shared memory of `SmemLayout` (kRows, kHeadDim) are a thread's, out of kThreads:
+/// those of one column of units of the atoms, kRowsAtOnce rows and kColumns columns apart.
 template <class SmemLayout, int kThreads>
 struct ThreadUnits {
   static constexpr int kRows = size<0>(SmemLayout{});

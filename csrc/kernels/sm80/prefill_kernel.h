@@ -4,9 +4,9 @@
 // are packed. It walks the keys intra -> successive -> inter in blocks of kBlockN with one online softmax; between
 // segments only Q changes, and each warp rotates its own rows of Q anew. Work is split over CTAs by WorkTile.
 //
-// Shared memory: Q (kBlockM, kHeadDim) | K ring (kStages, kBlockN, kHeadDim) | V ring (the same). One barrier per block:
-// behind it the block's keys and values have come, and all warps are done with the block before, whose stage the next
-// one is asked for into, amid the products of Q K^T. Within a block warps run apart, so that one's softmax meets
+// Shared memory: Q (kBlockM, kHeadDim) | K ring (kStages, kBlockN, kHeadDim) | V ring (the same). One barrier per
+// block: behind it the block's keys and values have come, and all warps are done with the block before, whose stage the
+// next one is asked for into, amid the products of Q K^T. Within a block warps run apart, so that one's softmax meets
 // another's products. O leaves through Q's place.
 //
 // Of a cache of e4m3 the rings hold what the cache holds, and behind them lie one block of K and one of V as the
@@ -118,8 +118,8 @@ class PrefillTile {
 
   __device__ __forceinline__ void load_rows(const CacheRows<Cached, kPaged>& source, const KeyBlock& block,
                                             Element* stage) {
-    sm80::load_rows<typename Traits::SmemRing, Traits::kThreads>(source, block, 0,
-                                                                 args_.p.head_dim / Traits::kPacked, stage, thread_);
+    sm80::load_rows<typename Traits::SmemRing, Traits::kThreads>(source, block, 0, args_.p.head_dim / Traits::kPacked,
+                                                                 stage, thread_);
   }
 
   // For the block's keys; and until all warps are done with the last block.
@@ -149,9 +149,8 @@ class PrefillTile {
 
   __device__ void rotate_queries(Segment segment) {
     __syncwarp();  // every lane has read the old ones
-    load_queries<1>(
-        args_, tile_, segment, scale_.sign, smem_q(), kRowsPerWarp, [&](int32_t i) { return row_of_warp(i); },
-        thread_ % 32, 32);
+    load_queries<kRowsPerWarp, 32, Traits::kQueryPairsAhead>(
+        args_, tile_, segment, scale_.sign, smem_q(), [&](int32_t i) { return row_of_warp(i); }, thread_);
     __syncwarp();
   }
 

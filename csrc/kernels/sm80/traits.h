@@ -39,11 +39,25 @@ struct SmemRows {
                                     Layout<Shape<_8, Int<kColumns>>, Stride<Int<kColumns>, _1>>{}));
   template <int kRows>
   using Layout_ = decltype(tile_to_shape(Atom{}, Shape<Int<kRows>, Int<kHeadDim>>{}));
+  /// Offset in a Layout_ of the unit `columns` (a multiple of 8) behind one that lies in the first atom of its row at
+  /// `offset`: units of an atom's row are permuted by an exclusive or.
+  template <int kRows>
+  __host__ __device__ static constexpr int32_t behind(int32_t offset, int columns) {
+    return (offset ^ columns % kColumns) + columns / kColumns * kRows * kColumns;
+  }
   /// The same memory seen as (kHeadDim, kRows).
   template <int kRows>
   using Transposed =
       decltype(composition(Layout_<kRows>{}, Layout<Shape<Int<kHeadDim>, Int<kRows>>, Stride<Int<kRows>, _1>>{}));
 };
+
+/// Tiles that only a GPU can choose between. Calls get Default; the others are compiled on request, to be timed.
+enum class Variant {
+  Default,
+  Crowded,  ///< head_dim 64: blocks of 32 keys, which leave registers for three CTAs per SM
+};
+
+constexpr const char* name_of(Variant variant) { return variant == Variant::Crowded ? "crowded" : ""; }
 
 /// Prefill: 4 warps. Each holds 16 or 32 rows of the logits and of O, and reads all of K and V, so that 32 rows halve
 /// the traffic from shared memory, which would else take as long as the products; registers allow them up to head_dim
@@ -51,7 +65,7 @@ struct SmemRows {
 ///
 /// Keys and values of a cache of e4m3 come into rings half the size, two numbers in the place of an element, and are
 /// widened into one more block of each, once for all warps: keys to Element, values to Value.
-template <class Element_, int kHeadDim_, class Cached_ = Element_>
+template <class Element_, int kHeadDim_, class Cached_ = Element_, Variant kVariant = Variant::Default>
 struct PrefillTraits {
   using Element = Element_;
   using Cached = Cached_;
@@ -63,9 +77,11 @@ struct PrefillTraits {
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kBlockM = kHeadDim <= 128 ? 128 : 64;
-  static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;  // registers: S beside O
-  static constexpr int kStages = 2;  // this block and the next
-  static constexpr int kMinCtas = kHeadDim <= 128 ? 2 : 1;
+  static constexpr bool kCrowded = kVariant == Variant::Crowded;
+  static constexpr int kBlockN = kHeadDim <= 64 && !kCrowded ? 64 : 32;  // registers: S beside O
+  static constexpr int kStages = 2;                                      // this block and the next
+  static constexpr int kMinCtas = kCrowded ? 3 : kHeadDim <= 128 ? 2 : 1;
+  static constexpr int kQueryPairsAhead = 2;
 
   using Rows = SmemRows<kHeadDim>;
   using SmemQ = typename Rows::template Layout_<kBlockM>;

@@ -139,18 +139,18 @@ class Consumer {
       auto s = f.s();
       mask_block(s, coordinates<kBlockN>(MmaQk{}), args_, tile, block, read_by_one(note.first_key));
     }
-    release_block(shared_.products.k_empty[at_.stage()]);
+    release(shared_.products.k_empty[at_.stage()]);
   }
 
   __device__ __forceinline__ void finish_pv(Fragments& f) const {
     warpgroup_wait<0>();
     warpgroup_fence_operand(f.acc_o);
-    release_block(shared_.products.v_empty[at_.before().stage()]);
+    release(shared_.products.v_empty[at_.before().stage()]);
   }
 
-  __device__ auto smem_q() const { return make_tensor(make_smem_ptr(shared_.q), typename Traits::SmemQ{}); }
+  __device__ auto smem_q() const { return make_tensor(make_smem_ptr(shared_.q), typename Traits::SmemQRows{}); }
 
-  __device__ __forceinline__ int32_t warpgroup() const { return thread_ / 128; }
+  __device__ __forceinline__ int32_t warpgroup() const { return static_cast<uint32_t>(thread_) / 128; }
 
   // On products with K, which is read as T, or with V.
   template <class T>
@@ -188,16 +188,6 @@ class Consumer {
     if (made_anew(thread_) % 32 == 0) EmptyBarrier::arrive(&empty);
   }
 
-  // The same, to all who fill that place.
-  __device__ __forceinline__ void release_block(uint64_t& empty) const {
-    if constexpr (Traits::kMulticast) {
-      const int32_t lane = made_anew(thread_) % 32;
-      if (lane < prefill_.cluster) EmptyBarrier::arrive(&empty, static_cast<uint32_t>(lane), 1u);
-    } else {
-      release(empty);
-    }
-  }
-
   // --- Keys and values ---
 
   __device__ __forceinline__ void wait_for_keys() const {
@@ -220,13 +210,14 @@ class Consumer {
     wait_for_values();
     const int32_t first_key = read_by_one(shared_.first_keys[at_.before().stage()]);
     const int32_t kv_len = tile.seqlen.kv_len;
-    auto sV = make_tensor(make_smem_ptr(shared_.v), typename Traits::SmemKvRing{});
+    Value* const stage = shared_.v + at_.before().stage() * Traits::kStageElements;
+    auto sV = make_tensor(make_smem_ptr(stage), typename Traits::SmemKvRows{});
     constexpr int kUnits = kHeadDim / kVec<Value>;
     Vec16<Value> zero;
     clear(zero);
     for (int32_t i = made_anew(thread_); i < kBlockN * kUnits; i += Traits::kConsumerThreads) {
       const int32_t key = first_key + i / kUnits;
-      if (key < 0 || key >= kv_len) store16(&sV(i / kUnits, i % kUnits * kVec<Value>, at_.before().stage()), zero);
+      if (key < 0 || key >= kv_len) store16(&sV(i / kUnits, i % kUnits * kVec<Value>), zero);
     }
     cutlass::arch::fence_view_async_shared();
     Barriers::all();
@@ -241,9 +232,9 @@ class Consumer {
     wait_for_stores();
     Barriers::warpgroup(warpgroup());
     const int32_t first_row = warpgroup() * 64;
-    load_queries<Traits::kQueryPairsAhead>(
-        args_, tile, segment, scale_of(tile).sign, smem_q(), 64, [&](int32_t i) { return first_row + i; },
-        made_anew(thread_) % 128, 128);
+    load_queries<64, 128, Traits::kQueryPairsAhead>(
+        args_, tile, segment, scale_of(tile).sign, smem_q(), [&](int32_t i) { return first_row + i; },
+        made_anew(thread_));
     cutlass::arch::fence_view_async_shared();
     Barriers::warpgroup(warpgroup());
   }
@@ -277,10 +268,12 @@ class Consumer {
     const auto values = make_tensor(rounded.data(), o.layout());
     CUTE_UNROLL
     for (int r = 0; r < kThreadRows; ++r) {
+      // The thread's columns are 8 apart, each in the next unit of the row.
+      const int32_t first = staging.layout()(get<0>(at(r, 0)), get<1>(at(r, 0)));
       CUTE_UNROLL
       for (int c = 0; c < size<1>(values); c += 2) {
-        *reinterpret_cast<uint32_t*>(&staging(get<0>(at(r, c)), get<1>(at(r, c)))) =
-            *reinterpret_cast<const uint32_t*>(&values(r, c));
+        const int32_t place = Traits::Rows::template behind<kBlockM>(first, c / 2 * 8);
+        *reinterpret_cast<uint32_t*>(shared_.q + place) = *reinterpret_cast<const uint32_t*>(&values(r, c));
       }
     }
   }

@@ -12,6 +12,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   extern __shared__ __align__(1024) unsigned char shared[];
   __shared__ __align__(16) unsigned char storage[sizeof(WorkTile)];
   __shared__ uint64_t full[Traits::kWarps * Traits::kStages];
+  TmaLoads<Traits>::prepare(args, full);
   const WorkTile& tile = WorkTile::in_shared_memory(args.attention, storage);
   if (tile.first_of_sequence) {
     clear_rows_without_position<typename Traits::Element>(args.attention, tile, static_cast<int32_t>(threadIdx.x),

@@ -25,7 +25,18 @@ class TmaLoads {
   static constexpr int kRows = Traits::kWarpKeys;
 
  public:
-  /// `full`: kStages mbarriers of each warp.
+  /// What needs no tile, by a thread of a warp that does not look for it; the CTA meets when that is found. `full`:
+  /// kStages mbarriers of each warp.
+  __device__ static void prepare(const DecodeArgs& args, uint64_t* full) {
+    static_assert(Traits::kWarps > 1);
+    if (threadIdx.x != 32) return;
+    prefetch_tma_descriptor(&args.k);
+    prefetch_tma_descriptor(&args.v);
+    for (int i = 0; i < Traits::kWarps * kStages; ++i) Barrier::init(&full[i], 1);
+    cutlass::arch::fence_barrier_init();
+  }
+
+  /// `full`: as prepared.
   __device__ TmaLoads(const DecodeArgs& args, const WorkTile& tile, unsigned char* rings, uint64_t* full)
       : args_(args),
         tile_(tile),
@@ -39,15 +50,10 @@ class TmaLoads {
   __device__ const Ring& ring() const { return ring_; }
   __device__ int32_t stage() const { return stage_; }
 
+  // As a loop: instructions come from memory the first time, and here memory has nothing else to do.
   __device__ __forceinline__ void begin() {
-    if (elect_one_sync()) {
-      CUTE_UNROLL
-      for (int i = 0; i < kStages; ++i) Barrier::init(&full_[i], 1);
-      cutlass::arch::fence_barrier_init();
-    }
-    __syncwarp();
     find();
-    CUTE_UNROLL
+    CUTE_NO_UNROLL
     for (int i = 0; i < kStages - 1; ++i) request();
   }
 

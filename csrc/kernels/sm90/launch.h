@@ -34,8 +34,7 @@ struct Instance {
                                typename ElementOf<kCacheDType == DType::Same ? kDType : kCacheDType>::type, kVariant>;
 
   static Status encode(const AttentionParams& p, PrefillArgs* args) {
-    const int32_t rows = Traits::kBlockN / args->cluster;
-    args->rows_per_box = p.pages.page_table != nullptr ? std::gcd(p.pages.page_size, rows) : rows;
+    args->rows_per_box = p.pages.page_table != nullptr ? std::gcd(p.pages.page_size, Traits::kBlockN) : Traits::kBlockN;
     const Box box{Traits::kLoadColumns, args->rows_per_box};
     if (Status status = encode_cache("k", p, p.k, box, &args->k); !status.ok()) return status;
     if (Status status = encode_cache("v", p, p.v, box, &args->v); !status.ok()) return status;
@@ -50,9 +49,7 @@ struct Instance {
   }
 
   static Status launch(const AttentionParams& params, const AttentionPlan& plan) {
-    PrefillArgs args{AttentionArgs(params, plan), {}, {}, {}, 0, 0, false, 1};
-    // Neighbours in the order of tiles are heads of one KV head, where their number is even.
-    if (Traits::kMulticast && plan.num_head_tiles % 2 == 0) args.cluster = 2;
+    PrefillArgs args{AttentionArgs(params, plan), {}, {}, {}, 0, 0, false};
     args.num_tiles = static_cast<int32_t>(args.attention.num_tiles());
     if (Status status = encode(params, &args); !status.ok()) return status;
     constexpr int kSharedBytes = static_cast<int>(sizeof(typename Traits::Shared));
@@ -60,9 +57,8 @@ struct Instance {
     if (Status status = allow_shared_memory(prefill_kernel<Traits>, kSharedBytes, prepared); !status.ok()) {
       return status;
     }
-    const int64_t num_ctas = plan.num_ctas / args.cluster * args.cluster;
-    return launch_kernel("attention", prefill_kernel<Traits>, num_ctas, Traits::kThreads, kSharedBytes,
-                         params.exec.stream, args, Launch{false, args.cluster});
+    return launch_kernel("attention", prefill_kernel<Traits>, plan.num_ctas, Traits::kThreads, kSharedBytes,
+                         params.exec.stream, args);
   }
 
   static constexpr AttentionInstance description() {

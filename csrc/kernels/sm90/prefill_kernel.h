@@ -33,11 +33,11 @@ __device__ void init_ring(RingBarriers<kStages>& ring, uint32_t writers, uint32_
 }
 
 template <class Traits>
-__device__ void init_barriers(const PrefillArgs& args, typename Traits::Shared& shared) {
+__device__ void init_barriers(typename Traits::Shared& shared) {
   constexpr uint32_t kConsumerWarps = Traits::kConsumerThreads / 32;
   constexpr uint32_t kTileReaders = Traits::kConsumerThreads + (Traits::kE4M3 ? 128 : 0);
   constexpr uint32_t kWidenerWarps = Traits::kE4M3 ? 4 : 0;
-  init_ring(shared.products, Traits::kE4M3 ? kWidenerWarps : 1, kConsumerWarps * Cluster<Traits>::size(args));
+  init_ring(shared.products, Traits::kE4M3 ? kWidenerWarps : 1, kConsumerWarps);
   if constexpr (Traits::kE4M3) init_ring(shared.widening, 1, kWidenerWarps);
   for (int slot = 0; slot < Traits::kTileSlots; ++slot) {
     Barrier::init(&shared.tile_full[slot], 1);
@@ -46,23 +46,12 @@ __device__ void init_barriers(const PrefillArgs& args, typename Traits::Shared& 
   cutlass::arch::fence_barrier_init();
 }
 
-/// All threads of the CTA, or of all CTAs of the cluster.
-template <class Traits>
-__device__ void meet_cluster() {
-  if constexpr (Traits::kMulticast) {
-    __syncwarp();
-    cluster_sync();
-  } else {
-    __syncthreads();
-  }
-}
-
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1) prefill_kernel(const __grid_constant__ PrefillArgs args) {
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
-  if (threadIdx.x == 0) init_barriers<Traits>(args, shared);
-  meet_cluster<Traits>();
+  if (threadIdx.x == 0) init_barriers<Traits>(shared);
+  __syncthreads();
   const int32_t thread = static_cast<int32_t>(threadIdx.x);
   if (cutlass::canonical_warp_group_idx() == 0) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
@@ -75,7 +64,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) prefill_kernel(const __gr
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     Consumer<Traits>(args, shared, thread - 128).run();
   }
-  if constexpr (Traits::kMulticast) meet_cluster<Traits>();  // others may still write to this CTA's shared memory
 }
 
 }  // namespace dca::cuda::sm90

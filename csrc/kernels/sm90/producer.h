@@ -1,7 +1,6 @@
 // The producer warp: finds the tiles of the CTA, and brings their keys and values by TMA.
 #pragma once
 
-#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include "key_source.h"
@@ -17,36 +16,19 @@ struct PrefillArgs {
   int32_t num_tiles;
   int32_t rows_per_box;  ///< of K and V: kBlockN, or what divides it and the page
   bool out_by_tma;       ///< tiles of one head whose rows TMA can store
-  int32_t cluster;       ///< CTAs that bring each other's keys: neighbours in the order of tiles, heads of one KV head
-};
-
-/// The clusters of a launch: of one CTA, but for Variant::Multicast.
-template <class Traits>
-struct Cluster {
-  __device__ __forceinline__ static int32_t size(const PrefillArgs& args) {
-    return Traits::kMulticast ? args.cluster : 1;
-  }
-  /// Of this CTA in its cluster.
-  __device__ __forceinline__ static int32_t rank() {
-    return Traits::kMulticast ? static_cast<int32_t>(block_rank_in_cluster()) : 0;
-  }
 };
 
 /// The tiles of a CTA: one of each round of gridDim.x tiles, alternately counted from the front and from the back of
-/// the round. Tiles are ordered by length, so that all CTAs get nearly the same work. The CTAs of a cluster take
-/// neighbours.
-template <class Traits>
+/// the round. Tiles are ordered by length, so that all CTAs get nearly the same work.
 struct TileSequence {
   int32_t round = 0;
 
   __device__ int32_t next(const PrefillArgs& args) {
-    const int32_t cluster = Cluster<Traits>::size(args);
-    const int32_t size = static_cast<int32_t>(gridDim.x) / cluster;
-    const int32_t place = static_cast<int32_t>(blockIdx.x) / cluster;
+    const int32_t size = static_cast<int32_t>(gridDim.x);
+    const int32_t place = static_cast<int32_t>(blockIdx.x);
     const int64_t index = static_cast<int64_t>(round) * size + (round % 2 == 0 ? place : size - 1 - place);
     ++round;
-    const int64_t tile = index * cluster + Cluster<Traits>::rank();
-    return tile < args.num_tiles ? static_cast<int32_t>(tile) : -1;  // past the last one only in the last round
+    return index < args.num_tiles ? static_cast<int32_t>(index) : -1;  // past the last one only in the last round
   }
 };
 
@@ -95,7 +77,7 @@ class Producer {
   /// Asks for the keys and values of a block of that tile, as soon as there is room for them, and says what they are
   /// to those who wait for them. Of packed rings the widener says it.
   __device__ __forceinline__ void request(const WorkTile& tile, const BlockNote& note) {
-    const KeySource source = KeySource::of(args_.attention, tile, note.first_key + first_row(), args_.rows_per_box);
+    const KeySource source = KeySource::of(args_.attention, tile, note.first_key + row(), args_.rows_per_box);
     load(args_.k, source, tile.kv_head, rings().k, barriers().k_full, barriers().k_empty, [&] {
       if constexpr (!Traits::kE4M3) shared_.notes[at_.stage()] = note;
     });
@@ -134,13 +116,8 @@ class Producer {
     }
   }
 
-  // Rows of a block that this CTA brings: all, or its part of them for the whole cluster.
-  __device__ __forceinline__ int32_t num_rows() const { return Traits::kBlockN / Cluster<Traits>::size(args_); }
-
-  // The first one that this lane asks for.
-  __device__ __forceinline__ int32_t first_row() const {
-    return Cluster<Traits>::rank() * num_rows() + lane_ * args_.rows_per_box;
-  }
+  // The first row of a block that this lane asks for.
+  __device__ __forceinline__ int32_t row() const { return lane_ * args_.rows_per_box; }
 
   // Lane i brings the i-th box of rows, column by column of atoms. `say`: into the place, before it is full.
   template <class Say>
@@ -152,26 +129,13 @@ class Producer {
       Barrier::arrive_and_expect_tx(&full[at_.stage()], Traits::kStageElements * sizeof(Cached));
     }
     __syncwarp();
-    const int32_t row = lane_ * args_.rows_per_box;
-    if (row >= num_rows()) return;
-    auto* target = ring + at_.stage() * Traits::kStageElements +
-                   (Cluster<Traits>::rank() * num_rows() + row) * Traits::kLoadColumns;
+    if (row() >= Traits::kBlockN) return;
+    auto* target = ring + at_.stage() * Traits::kStageElements + row() * Traits::kLoadColumns;
     CUTE_UNROLL
     for (int column = 0; column < Traits::kHeadDim; column += Traits::kLoadColumns) {
-      bring(map, &full[at_.stage()], target, column, source, kv_head);
+      SM90_TMA_LOAD_4D::copy(&map, &full[at_.stage()], static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL), target,
+                             column, source.row, kv_head, source.batch);
       target += Traits::kBlockN * Traits::kLoadColumns;
-    }
-  }
-
-  // To this CTA, or to the same place of all CTAs of the cluster, whose barriers at this place count the bytes.
-  __device__ __forceinline__ void bring(const CUtensorMap& map, uint64_t* full, Cached* target, int32_t column,
-                                        const KeySource& source, int32_t kv_head) const {
-    constexpr auto kHint = static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL);
-    if constexpr (Traits::kMulticast) {
-      const uint16_t all = static_cast<uint16_t>((1 << args_.cluster) - 1);
-      SM90_TMA_LOAD_MULTICAST_4D::copy(&map, full, all, kHint, target, column, source.row, kv_head, source.batch);
-    } else {
-      SM90_TMA_LOAD_4D::copy(&map, full, kHint, target, column, source.row, kv_head, source.batch);
     }
   }
 
@@ -180,7 +144,7 @@ class Producer {
   const PrefillArgs& args_;
   Shared& shared_;
   const int32_t lane_;
-  TileSequence<Traits> tiles_;
+  TileSequence tiles_;
   RingPosition<Traits::kTileSlots> slot_{~0u};  ///< of the tile that next_tile() has found; before the first
   RingPosition<Traits::kLoadStages> at_;
 };

@@ -21,12 +21,10 @@ enum class Variant {
   Default,
   Unordered,  ///< warpgroups issue their products as they come
   PerTile,    ///< a CTA for every tile, instead of as many as the device holds
-  Tall,       ///< three consumers, 192 rows, blocks of 96 keys; head_dim 64
-  Multicast,  ///< two CTAs, heads that read the same keys, bring each other half of each block
 };
 
 constexpr const char* name_of(Variant variant) {
-  constexpr const char* kNames[] = {"", "unordered", "per_tile", "tall", "multicast"};
+  constexpr const char* kNames[] = {"", "unordered", "per_tile"};
   return kNames[static_cast<int>(variant)];
 }
 
@@ -63,22 +61,20 @@ struct PrefillTraits {
   static constexpr int kPacked = kE4M3 ? 2 : 1;  // numbers of the cache in the place of an element
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr Variant kVariant = kVariant_;
-  static constexpr int kConsumers = kVariant == Variant::Tall ? 3 : 2;
+  static constexpr int kConsumers = 2;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kConsumerThreads = 128 * kConsumers;
   static constexpr int kBlockM = 64 * kConsumers;
-  static constexpr int kBlockN = kVariant == Variant::Tall ? 96
-                                 : kHeadDim <= 128         ? 128
-                                 : kE4M3                   ? 48  // 224 registers are not enough for 64
-                                                           : 64;
+  static constexpr int kBlockN = kHeadDim <= 128 ? 128
+                                 : kE4M3         ? 48  // 224 registers are not enough for 64
+                                                 : 64;
   static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 96 ? 3 : 2;
   static constexpr int kPackedStages = 2;
   static constexpr int kLoadStages = kE4M3 ? kPackedStages : kStages;  // of the rings that TMA fills
   static constexpr int kTileSlots = 2;
-  static constexpr bool kMulticast = kVariant == Variant::Multicast;
-  static constexpr int kProducerRegisters = kE4M3 ? 56 : kConsumers == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kE4M3 ? 224 : kConsumers == 2 ? 232 : 160;
-  static constexpr int kQueryPairsAhead = kVariant == Variant::Tall ? 1 : kHeadDim <= 128 ? 4 : 2;
+  static constexpr int kProducerRegisters = kE4M3 ? 56 : 40;
+  static constexpr int kConsumerRegisters = kE4M3 ? 224 : 232;
+  static constexpr int kQueryPairsAhead = kHeadDim <= 128 ? 4 : 2;
   /// Turns pay where a block's products take as long as its softmax. At head_dim 256 they take four times that.
   static constexpr bool kOrdered = kVariant != Variant::Unordered && kHeadDim <= 128;
   static constexpr bool kPersistent = kVariant != Variant::PerTile;
@@ -100,9 +96,12 @@ struct PrefillTraits {
   using PackedRows = sm80::SmemRows<kHeadDim / 2>;
   using SmemPacked = typename PackedRows::template Layout_<kBlockN>;
   static constexpr int kLoadColumns = kE4M3 ? PackedRows::kColumns * kPacked : kBoxColumns;
-  /// A stage of the rings of the products, as an offset: the same permutation as that of the atom above.
-  using SmemWidened = typename sm80::SmemRows<kHeadDim>::template Layout_<kBlockN>;
-  static_assert(sm80::SmemRows<kHeadDim>::kColumns == kBoxColumns);
+  /// Q and a stage of the rings for threads that read and write there: the same places as above, but as offsets. Those
+  /// above permute whole addresses, and what CuTe makes of them no compiler knows to be shared memory.
+  using Rows = sm80::SmemRows<kHeadDim>;
+  using SmemQRows = typename Rows::template Layout_<kBlockM>;
+  using SmemKvRows = typename Rows::template Layout_<kBlockN>;
+  static_assert(Rows::kColumns == kBoxColumns);
 
   using MmaQk = decltype(make_tiled_mma(
       GMMA::ss_op_selector<Element, Element, float, Shape<Int<kBlockM>, Int<kBlockN>, Int<kHeadDim>>>(),

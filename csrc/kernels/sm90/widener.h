@@ -67,7 +67,7 @@ class Widener {
     EmptyBarrier::wait(&wide_empty[to.stage()], to.phase_before());
     if (thread_ == 0) say();
     const auto* numbers = reinterpret_cast<const uint16_t*>(packed + from.stage() * Traits::kStageElements);
-    sm80::widen_rows<typename Traits::SmemPacked, typename Traits::SmemWidened, 128>(
+    sm80::widen_rows<typename Traits::SmemPacked, typename Traits::SmemKvRows, 128>(
         numbers, wide + to.stage() * Traits::kStageElements, made_anew(thread_));
     cutlass::arch::fence_view_async_shared();  // each writer, before wgmma reads
     release(packed_empty[from.stage()]);
