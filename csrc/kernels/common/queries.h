@@ -17,15 +17,8 @@ struct ColumnsInPlace {
 
 namespace detail {
 
-/// A row of a tile: what is rotated, and whether it is the tile's. Others read a row that exists, so that nothing that
-/// does needs a branch.
-template <class Element>
-struct QueryRow {
-  RotaryRow<Element> source;
-  bool valid;
-};
-
-/// The rows of a tile in one segment.
+/// The rows of a tile in one segment. Those that are not the tile's, whose results nobody stores, are its first one, so
+/// that nothing that reads them needs a branch.
 template <class Element>
 class QueryRows {
  public:
@@ -38,7 +31,7 @@ class QueryRows {
              tile.head_begin * p.q.stride.head;
   }
 
-  __device__ __forceinline__ QueryRow<Element> row(int32_t tile_row) const {
+  __device__ __forceinline__ RotaryRow<Element> row(int32_t tile_row) const {
     const AttentionParams& p = args_.p;
     const TileRow at = TileRow::of(args_, tile_, tile_row);
     const int32_t position = at.valid ? at.position : tile_.positions.begin;
@@ -46,7 +39,7 @@ class QueryRows {
     const Element* const data = first_ + count(position - tile_.positions.begin) * p.q.stride.row +
                                 count(head - tile_.head_begin) * p.q.stride.head;
     const int64_t table = count(positions_.of(position - tile_.chunk_begin)) * p.rotary.half_dim;
-    return {{data, p.head_dim, p.rotary.cos + table, p.rotary.sin + table}, at.valid};
+    return {data, p.head_dim, p.rotary.cos + table, p.rotary.sin + table};
   }
 
  private:
@@ -59,15 +52,13 @@ class QueryRows {
   const Element* first_;
 };
 
-/// What rotated elements of 16 bits become on their way to shared memory: of the other sign, or 0 if their row is not
-/// the tile's.
+/// Elements of 16 bits, or their negatives.
 template <class Element>
-__device__ __forceinline__ Vec16<Element> flip_or_clear(const Vec16<Element>& x, bool negative, bool valid) {
+__device__ __forceinline__ Vec16<Element> with_sign(const Vec16<Element>& x, bool negative) {
   static_assert(sizeof(Element) == 2);
   const uint32_t flip = negative ? 0x80008000u : 0u;
-  const uint32_t keep = valid ? ~0u : 0u;
   uint4 words = *reinterpret_cast<const uint4*>(x.data());
-  words = {(words.x ^ flip) & keep, (words.y ^ flip) & keep, (words.z ^ flip) & keep, (words.w ^ flip) & keep};
+  words = {words.x ^ flip, words.y ^ flip, words.z ^ flip, words.w ^ flip};
   return reinterpret_cast<const Vec16<Element>&>(words);
 }
 
@@ -115,13 +106,11 @@ __device__ __forceinline__ void rotate_whole_rows(const QueryRows<Element>& quer
   CUTE_NO_UNROLL
   for (int done = 0; done < Share::kPairs; done += kBatch) {
     UnitPair<Element> pairs[kBatch];
-    bool valid[kBatch];
     CUTE_UNROLL
     for (int i = 0; i < kBatch; ++i) {
       const auto place = Share::place(lane, done + i);
-      const QueryRow<Element> row = queries.row(row_of(place.present ? place.row : 0));
-      valid[i] = row.valid;
-      pairs[i] = UnitPair<Element>::load(row.source, kHalf, place.unit * kVec<Element>);
+      const RotaryRow<Element> row = queries.row(row_of(place.present ? place.row : 0));
+      pairs[i] = UnitPair<Element>::load(row, kHalf, place.unit * kVec<Element>);
     }
     CUTE_UNROLL
     for (int i = 0; i < kBatch; ++i) {
@@ -129,7 +118,7 @@ __device__ __forceinline__ void rotate_whole_rows(const QueryRows<Element>& quer
       if (!place.present) break;
       pairs[i].rotate();
       pairs[i].store(kHalf, place.unit * kVec<Element>,
-                     [&](int32_t column, const Vec16<Element>& x) { store(row_of(place.row), column, x, valid[i]); });
+                     [&](int32_t column, const Vec16<Element>& x) { store(row_of(place.row), column, x); });
     }
   }
 }
@@ -142,9 +131,8 @@ __device__ __forceinline__ void rotate_any_rows(const QueryRows<Element>& querie
   CUTE_NO_UNROLL
   for (int32_t i = static_cast<int32_t>(lane); i < kRows * units.count; i += kLanes) {
     const int32_t tile_row = row_of(i / units.count);
-    const QueryRow<Element> row = queries.row(tile_row);
-    rotate_unit(row.source, rotary, units, i % units.count,
-                [&](int32_t column, const Vec16<Element>& x) { store(tile_row, column, x, row.valid); });
+    rotate_unit(queries.row(tile_row), rotary, units, i % units.count,
+                [&](int32_t column, const Vec16<Element>& x) { store(tile_row, column, x); });
   }
 }
 
@@ -162,13 +150,27 @@ __device__ __forceinline__ void load_queries(const AttentionArgs& args, const Wo
   const detail::QueryRows<Element> queries(args, tile, segment);
   const RotaryTables& rotary = args.p.rotary;
   const uint32_t lane = static_cast<uint32_t>(thread) % kLanes;
-  const auto store = [&](int32_t row, int32_t column, const Vec16<Element>& x, bool valid) {
-    place(sQ, row, column, detail::flip_or_clear(x, sign < 0.0f, valid));
+  const auto store = [&](int32_t row, int32_t column, const Vec16<Element>& x) {
+    place(sQ, row, column, detail::with_sign(x, sign < 0.0f));
   };
   if (args.p.head_dim == kHeadDim && 2 * rotary.half_dim == kHeadDim && !rotary.interleaved) {
     detail::rotate_whole_rows<kHeadDim, kRows, kLanes, kAhead>(queries, lane, row_of, store);
   } else {
     detail::rotate_any_rows<kHeadDim, kRows, kLanes>(queries, rotary, lane, row_of, store);
+  }
+}
+
+/// Asks L2 for the rows of q that load_queries will read, kRows of the tile: at the start of a tile they are in memory.
+template <class Element, int kRows>
+__device__ __forceinline__ void prefetch_queries(const AttentionArgs& args, const WorkTile& tile, int32_t lane,
+                                                 int32_t lanes) {
+  constexpr int kLine = 128 / sizeof(Element);
+  const detail::QueryRows<Element> queries(args, tile, Segment::Intra);
+  for (int32_t i = lane; i < kRows; i += lanes) {
+    const Element* const row = queries.row(i).data;
+    for (int32_t column = 0; column < args.p.head_dim; column += kLine) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(row + column));
+    }
   }
 }
 

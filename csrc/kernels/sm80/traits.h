@@ -81,7 +81,7 @@ struct PrefillTraits {
   static constexpr int kBlockN = kHeadDim <= 64 && !kCrowded ? 64 : 32;  // registers: S beside O
   static constexpr int kStages = 2;                                      // this block and the next
   static constexpr int kMinCtas = kCrowded ? 3 : kHeadDim <= 128 ? 2 : 1;
-  static constexpr int kQueryPairsAhead = 2;
+  static constexpr int kQueryPairsAhead = kCrowded ? 2 : kHeadDim <= 64 ? 4 : kHeadDim <= 96 ? 3 : 2;
 
   using Rows = SmemRows<kHeadDim>;
   using SmemQ = typename Rows::template Layout_<kBlockM>;

@@ -64,6 +64,7 @@ class Producer {
       if (lane_ == 0) tile.assign(args_.attention, index);
       __syncwarp();
       if (tile.empty() && !tile.first_of_sequence) continue;
+      if (!tile.empty()) prefetch_queries<typename Traits::Element, Traits::kBlockM>(args_.attention, tile, lane_, 32);
       publish(false);
       return true;
     }
