@@ -15,7 +15,12 @@ KEEP_FIRST_Q = "if (it.keys().end == c_.task.q_end) load_queries(it.segment());"
 
 MUTATIONS = [
     Mutation("mask: one key too many", CPU + "query_rows.h", "position(row) - begin + 1", "position(row) - begin + 2"),
-    Mutation("mask: none in the intra segment", SHARED + "chunk_geometry.h", "end > q_begin_ + 1", "end < q_begin_"),
+    Mutation(
+        "mask: none in the intra segment",
+        SHARED + "chunk_geometry.h",
+        "end > positions_.begin + 1",
+        "end < positions_.begin",
+    ),
     Mutation(
         "mask: unseen keys of a packed block keep their weights",
         CPU + "tile_walk.h",
@@ -43,14 +48,14 @@ MUTATIONS = [
     Mutation(
         "segment: queries of the inter segment one position nearer",
         SHARED + "chunk_geometry.h",
-        "if (segment == Segment::Inter) return max_position;",
-        "if (segment == Segment::Inter) return max_position - 1;",
+        "if (segment == Segment::Inter) return {0, max_position};",
+        "if (segment == Segment::Inter) return {0, max_position - 1};",
     ),
     Mutation(
         "segment: the successive position is not capped",
         SHARED + "chunk_geometry.h",
-        "return within < max_position - chunk_len ? within + chunk_len : max_position;",
-        "return within + chunk_len < 2 * max_position ? within + chunk_len : max_position;",
+        "return {max_position - chunk_len, chunk_len};",
+        "return {chunk_len, chunk_len};",
     ),
     Mutation("segment: a tile's Q stays as it was", CPU + "tile_walk.h", "load_queries(it.segment());", KEEP_FIRST_Q),
     Mutation(
@@ -59,7 +64,7 @@ MUTATIONS = [
     Mutation(
         "tiles: one straddles a chunk border",
         SHARED + "chunk_geometry.h",
-        "if (end > chunk_end(begin)) end = chunk_end(begin);",
+        "if (tile_end > end()) tile_end = end();",
         "",
     ),
     Mutation(

@@ -29,6 +29,18 @@ MUTATIONS = [
         "if (segment == -1) {",
     ),
     Mutation(
+        "segment: rotary positions of queries count from the tile",
+        COMMON + "queries.h",
+        "positions_.of(position - tile_.chunk_begin)",
+        "positions_.of(position - tile_.positions.begin)",
+    ),
+    Mutation(
+        "segment switch: some rows of Q are not made",
+        COMMON + "queries.h",
+        "return of(lane / kPairsOfRow + i * (kLanes / kPairsOfRow), lane % kPairsOfRow);",
+        "return of(lane / kPairsOfRow + i, lane % kPairsOfRow);",
+    ),
+    Mutation(
         "segment switch: Q of another segment",
         SM80 + "decode_tile.h",
         "read_queries(tSrQ, block.segment);",
