@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kMaxSplits = 256;
-constexpr int kAhead = 4;    // parts that a warp asks for before it uses the first
+constexpr int kAhead = 8;    // parts that a warp asks for before it uses the first
 constexpr int kColumns = 4;  // of a lane
 
 struct CombineArgs {
@@ -56,24 +56,33 @@ __device__ float find_weights(const float* lse, int64_t stride, int32_t num_spli
   return *sum == 0.0f ? -INFINITY : largest + logf(*sum);
 }
 
-/// sum += of the parts of this warp, weight times the lane's columns of them. A part without weight may never have been
-/// written, and is not read.
-__device__ void add_parts(const float* parts, int64_t stride, int32_t num_splits, const float* weight, float4* sum) {
-  for (int32_t first = static_cast<int32_t>(threadIdx.x) / 32; first < num_splits; first += kWarps * kAhead) {
-    float w[kAhead];
-    float4 x[kAhead];
+/// A lane's columns of the parts first, first + kWarps, ... of its warp: asked for before their weights are known.
+struct Parts {
+  int32_t first;
+  float4 x[kAhead];
+
+  __device__ static Parts load(const float* parts, int64_t stride, int32_t num_splits, int32_t first) {
+    Parts loaded;
+    loaded.first = first;
     CUTE_UNROLL
     for (int i = 0; i < kAhead; ++i) {
       const int32_t split = first + i * kWarps;
-      w[i] = split < num_splits ? weight[split] : 0.0f;
-      x[i] = w[i] != 0.0f ? *reinterpret_cast<const float4*>(parts + split * stride) : float4{};
+      loaded.x[i] = split < num_splits ? *reinterpret_cast<const float4*>(parts + split * stride) : float4{};
     }
+    return loaded;
+  }
+
+  /// sum += weight times each. A part without weight may never have been written, and can be anything.
+  __device__ void add_to(float4* sum, const float* weight, int32_t num_splits) const {
     CUTE_UNROLL
     for (int i = 0; i < kAhead; ++i) {
-      sum->x += w[i] * x[i].x, sum->y += w[i] * x[i].y, sum->z += w[i] * x[i].z, sum->w += w[i] * x[i].w;
+      const int32_t split = first + i * kWarps;
+      const float w = split < num_splits ? weight[split] : 0.0f;
+      if (w == 0.0f) continue;
+      sum->x += w * x[i].x, sum->y += w * x[i].y, sum->z += w * x[i].z, sum->w += w * x[i].w;
     }
   }
-}
+};
 
 template <class Element>
 __global__ void __launch_bounds__(32 * kWarps) combine_kernel(const __grid_constant__ CombineArgs args) {
@@ -92,17 +101,26 @@ __global__ void __launch_bounds__(32 * kWarps) combine_kernel(const __grid_const
   Element* const out = static_cast<Element*>(p.out.data) + b * p.out.stride.batch + in_batch * p.out.stride.row +
                        head * p.out.stride.head;
 
+  const int32_t num_splits = args.plan.num_splits;
+  // Of the columns from `column` on; behind the last one of them, its own again, which nobody uses.
+  const auto load = [&](int32_t column, int32_t first) {
+    const int32_t within = column < p.head_dim ? column : 0;
+    return Parts::load(args.plan.out_accum + index * p.head_dim + within, stride * p.head_dim, num_splits, first);
+  };
+
   wait_for_previous_kernel();
+  Parts parts = load(lane * kColumns, warp);
   float sum;
-  const float lse = find_weights(args.plan.lse_accum + index, stride, args.plan.num_splits, weight, &sum);
+  const float lse = find_weights(args.plan.lse_accum + index, stride, num_splits, weight, &sum);
   __syncthreads();
   const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
   for (int32_t first = 0; first < p.head_dim; first += 32 * kColumns) {
     const int32_t column = first + lane * kColumns;
+    if (first > 0) parts = load(column, warp);
     float4 x{};
-    if (column < p.head_dim) {
-      add_parts(args.plan.out_accum + index * p.head_dim + column, stride * p.head_dim, args.plan.num_splits, weight,
-                &x);
+    parts.add_to(&x, weight, num_splits);
+    for (int32_t split = warp + kWarps * kAhead; split < num_splits; split += kWarps * kAhead) {
+      load(column, split).add_to(&x, weight, num_splits);
     }
     shares[warp][lane] = x;
     __syncthreads();
