@@ -21,10 +21,11 @@ enum class Variant {
   Default,
   Unordered,  ///< warpgroups issue their products as they come
   PerTile,    ///< a CTA for every tile, instead of as many as the device holds
+  Wide,       ///< head_dim 64: blocks of 160 keys
 };
 
 constexpr const char* name_of(Variant variant) {
-  constexpr const char* kNames[] = {"", "unordered", "per_tile"};
+  constexpr const char* kNames[] = {"", "unordered", "per_tile", "wide"};
   return kNames[static_cast<int>(variant)];
 }
 
@@ -65,10 +66,12 @@ struct PrefillTraits {
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kConsumerThreads = 128 * kConsumers;
   static constexpr int kBlockM = 64 * kConsumers;
-  static constexpr int kBlockN = kHeadDim <= 128 ? 128
-                                 : kE4M3         ? 48  // 224 registers are not enough for 64
-                                                 : 64;
-  static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 96 ? 3 : 2;
+  static constexpr bool kWide = kVariant == Variant::Wide;
+  static constexpr int kBlockN = kWide             ? 160
+                                 : kHeadDim <= 128 ? 128
+                                 : kE4M3           ? 48  // 224 registers are not enough for 64
+                                                   : 64;
+  static constexpr int kStages = kHeadDim <= 64 && !kWide ? 4 : kHeadDim <= 96 ? 3 : 2;
   static constexpr int kPackedStages = 2;
   static constexpr int kLoadStages = kE4M3 ? kPackedStages : kStages;  // of the rings that TMA fills
   static constexpr int kTileSlots = 2;
