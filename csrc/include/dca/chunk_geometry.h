@@ -161,14 +161,13 @@ class QueryTiles {
   /// `divisors`: those of `geometry`, and block_m.
   DCA_HOST_DEVICE constexpr QueryTiles(ChunkGeometry geometry, int32_t begin, int32_t end,
                                        const TileDivisors<Divisor>& divisors)
-      : geometry_(geometry), divisors_(divisors), begin_(begin), end_(end) {
+      : divisors_(divisors), begin_(begin), end_(end) {
     if (end <= begin) return;
-    int32_t chunk = 0, within = 0;
-    divisors_.chunk_len(chunk, within, begin);
-    first_chunk_ = {geometry, begin - within};
+    int32_t whole_chunks = 0, rest = 0;
+    divisors_.chunk_len(whole_chunks, rest, begin);
+    first_chunk_ = {geometry, begin - rest};
     const int64_t border = first_chunk_.end();
     const int32_t first_len = static_cast<int32_t>(border < end ? border : end) - begin;
-    int32_t whole_chunks = 0, rest = 0;
     divisors_.chunk_len(whole_chunks, rest, end - begin - first_len);
     in_first_ = tiles_of(first_len);
     count_ = in_first_ + whole_chunks * divisors_.tiles_per_chunk.divisor + tiles_of(rest);
@@ -178,15 +177,17 @@ class QueryTiles {
 
   /// Tile `index`, 0 <= index < count().
   DCA_HOST_DEVICE constexpr QueryTile tile(int32_t index) const {
-    const int32_t block_m = divisors_.block_m.divisor;
     Chunk chunk = first_chunk_;
-    int32_t begin = begin_ + index * block_m;
+    int32_t in_chunk = index;
+    int32_t first = begin_;  // of the positions in that chunk
     if (index >= in_first_) {
-      int32_t chunks_behind = 0, in_chunk = 0;
-      divisors_.tiles_per_chunk(chunks_behind, in_chunk, index - in_first_);
-      chunk.begin += (chunks_behind + 1) * geometry_.chunk_len;
-      begin = chunk.begin + in_chunk * block_m;
+      int32_t chunks_between = 0;
+      divisors_.tiles_per_chunk(chunks_between, in_chunk, index - in_first_);
+      chunk.begin += (chunks_between + 1) * chunk.geometry.chunk_len;
+      first = chunk.begin;
     }
+    const int32_t block_m = divisors_.block_m.divisor;
+    const int32_t begin = first + in_chunk * block_m;
     return {{begin, chunk.tile_end(begin, block_m, end_)}, chunk};
   }
 
@@ -198,13 +199,13 @@ class QueryTiles {
 
  private:
   DCA_HOST_DEVICE static constexpr int32_t ceil_div(int32_t a, int32_t b) { return a / b + (a % b != 0 ? 1 : 0); }
+
   DCA_HOST_DEVICE constexpr int32_t tiles_of(int32_t positions) const {
     int32_t whole = 0, rest = 0;
     divisors_.block_m(whole, rest, positions);
     return whole + (rest != 0 ? 1 : 0);
   }
 
-  ChunkGeometry geometry_;
   TileDivisors<Divisor> divisors_;
   int32_t begin_;
   int32_t end_;
