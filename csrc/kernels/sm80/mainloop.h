@@ -36,8 +36,11 @@ struct ThreadUnits {
   /// so that addresses differ by constants.
   template <class Element>
   __device__ __forceinline__ Element* unit(Element* first, Element* smem, int further, int behind) const {
-    if (kRowsAtOnce % 8 == 0) return first + SmemLayout{}(further, behind);
-    return smem + SmemLayout{}(row + further, column + behind);
+    if constexpr (kRowsAtOnce % 8 == 0) {
+      return first + SmemLayout{}(further, behind);
+    } else {
+      return smem + SmemLayout{}(row + further, column + behind);
+    }
   }
 };
 

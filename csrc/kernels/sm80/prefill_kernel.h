@@ -109,7 +109,8 @@ class PrefillTile {
   }
 
   // Asks for the keys and values of a block into a stage that nobody reads any more. Without a branch, which would keep
-  // the compiler from putting the addresses between the products: behind the last block zeros come.
+  // the compiler from putting the addresses between the products: behind the last block zeros come. With pages there is
+  // one, around the read of the page table.
   __device__ __forceinline__ void load(const KeyBlock& block, int32_t stage) {
     load_rows(CacheRows<Cached, kPaged>(args_, args_.p.k, tile_, tile_.k), block, ring_k(stage));
     load_rows(CacheRows<Cached, kPaged>(args_, args_.p.v, tile_, tile_.v), block, ring_v(stage));

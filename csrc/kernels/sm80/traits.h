@@ -78,6 +78,7 @@ struct PrefillTraits {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kBlockM = kHeadDim <= 128 ? 128 : 64;
   static constexpr bool kCrowded = kVariant == Variant::Crowded;
+  static_assert(!kCrowded || kHeadDim == 64);
   static constexpr int kBlockN = kHeadDim <= 64 && !kCrowded ? 64 : 32;  // registers: S beside O
   static constexpr int kStages = 2;                                      // this block and the next
   static constexpr int kMinCtas = kCrowded ? 3 : kHeadDim <= 128 ? 2 : 1;

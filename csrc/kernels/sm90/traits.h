@@ -67,6 +67,7 @@ struct PrefillTraits {
   static constexpr int kConsumerThreads = 128 * kConsumers;
   static constexpr int kBlockM = 64 * kConsumers;
   static constexpr bool kWide = kVariant == Variant::Wide;
+  static_assert(!kWide || (kHeadDim == 64 && !kE4M3));
   static constexpr int kBlockN = kWide             ? 160
                                  : kHeadDim <= 128 ? 128
                                  : kE4M3           ? 48  // 224 registers are not enough for 64
