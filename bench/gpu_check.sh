@@ -282,9 +282,8 @@ step_variants() {
   local failed=0 kernels shape
   rm -f "$out/variants.jsonl"
   while read -r shape; do
-    for kernels in sm90 sm90:unordered sm90:per_tile sm90:wide sm80 sm80:crowded; do
+    for kernels in sm90 sm90:other_turns sm90:per_tile sm80; do
       if [[ $kernels = *:* && $shape = decode* ]]; then continue; fi
-      if [[ $kernels =~ wide|crowded ]] && [[ $shape != *=64\ * ]]; then continue; fi
       echo "$kernels $shape"
       # shellcheck disable=SC2086  # words
       if DCA_CUDA_KERNELS=$kernels cuda_tests "$tree/bench/cpp/dca_bench" $shape --device=cuda \

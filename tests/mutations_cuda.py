@@ -113,6 +113,18 @@ MUTATIONS = [
         "o(r, c) *= 1.0f;",
     ),
     Mutation(
+        "softmax: prefill trusts the first maxima whatever comes of it",
+        COMMON + "softmax.h",
+        "if (!__all_sync(0xffffffff, fits)) return false;",
+        "",
+    ),
+    Mutation(
+        "softmax: logits that are computed again are not masked",
+        SM80 + "prefill_kernel.h",
+        "          if (masked) mask_logits(s,",
+        "          if (false) mask_logits(s,",
+    ),
+    Mutation(
         "softmax: a maximum stays however far it is exceeded",
         COMMON + "softmax.h",
         "<= kSlack) largest",
@@ -215,7 +227,31 @@ MUTATIONS = [
     Mutation(
         "Hopper notes: a block does not say that it needs a mask",
         SM90 + "block_notes.h",
-        "if (tile.ranges.needs_mask(block, block_n)) flags.bits |= BlockFlags::kMasked;",
+        "flags.bits |= BlockFlags::kMasked | BlockFlags::kMaxima;",
+        "flags.bits |= BlockFlags::kMaxima;",
+    ),
+    Mutation(
+        "Hopper softmax: trust in the first maxima is not checked",
+        SM90 + "consumer.h",
+        "if (Traits::kTrusting && !slot.careful) check(",
+        "if (false) check(",
+    ),
+    Mutation(
+        "Hopper softmax: a tile that failed does not come again",
+        SM90 + "producer.h",
+        "const int32_t index = slot.failed != 0 ? slot.index : -1;",
+        "const int32_t index = -1;",
+    ),
+    Mutation(
+        "Hopper softmax: the last word is said before all tiles are done",
+        SM90 + "producer.h",
+        "for (uint32_t i = 1; i < Traits::kTileSlots && index < 0; ++i) index = failed_in({slot_.count + i});",
+        "",
+    ),
+    Mutation(
+        "Hopper softmax: a tile that comes again trusts again",
+        SM90 + "block_notes.h",
+        "if (look) flags.bits |= BlockFlags::kMaxima;",
         "",
     ),
     Mutation(
@@ -234,14 +270,14 @@ MUTATIONS = [
     Mutation(
         "Hopper wait: the producer does not wait for free places",
         SM90 + "producer.h",
-        "    EmptyBarrier::wait(&empty[at_.stage()], at_.phase_before());",
-        "    if (false) EmptyBarrier::wait(&empty[at_.stage()], 0);",
+        "    EmptyBarrier::wait(&empty[at.stage()], at.phase_before());",
+        "    if (false) EmptyBarrier::wait(&empty[at.stage()], 0);",
         ("race", "random", "late"),
     ),
     Mutation(
         "Hopper wait: the producer does not wait for the tile before the last",
         SM90 + "producer.h",
-        "EmptyBarrier::wait(&shared_.tile_empty[slot_.stage()], slot_.phase_before());",
+        "EmptyBarrier::wait(&shared_.tile_empty[at.stage()], at.phase_before());",
         "",
         ("race", "random", "late"),
     ),
@@ -262,8 +298,8 @@ MUTATIONS = [
     Mutation(
         "Hopper fence: O is not made visible to TMA",
         SM90 + "consumer.h",
-        "first_row) const {\n    cutlass::arch::fence_view_async_shared();\n",
-        "first_row) const {\n",
+        "bool again) const {\n    cutlass::arch::fence_view_async_shared();\n",
+        "bool again) const {\n",
         ("race",),
     ),
     Mutation(

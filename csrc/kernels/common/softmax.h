@@ -30,6 +30,9 @@ struct OnlineSoftmax {
   /// A maximum stays what it is while weights exceed 1 by no more than 2^kSlack: O is then seldom multiplied.
   static constexpr float kSlack = kHeadroom > 0 ? 0.0f : 8.0f;
 
+  /// What the sums of weights may amount to, so that O has room for values.
+  static constexpr float kMostWeight = 0x1p64f;
+
   float row_max[kRows];  ///< of the raw logits, or some that is smaller by at most kSlack powers of two
   float row_sum[kRows];  ///< this lane's share of sum 2^((logit - row_max) * scale_log2 + kHeadroom)
 
@@ -93,6 +96,53 @@ struct OnlineSoftmax {
       row_sum[r] = sum;
     }
     return rescale;
+  }
+
+  /// What a block adds to the sums of a lane.
+  struct Sums {
+    float of_block[kRows];
+  };
+
+  /// Turns the logits `s` into weights by the maxima as they are, without a look for larger logits, which takes as long
+  /// as half the exponentials. Weights may exceed 1, which floating point does not mind as far as they are finite in
+  /// the dtype that they are rounded to. Of a row that has seen no key yet they are not.
+  template <class Logits>
+  __device__ __forceinline__ Sums weigh(Logits& s, float scale_log2) const {
+    Sums sums;
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const float offset = __fmul_rn(row_max[r], scale_log2);
+      float sum = 0.0f;
+      CUTE_UNROLL
+      for (int c = 0; c < cute::size<1>(s); ++c) {
+        s(r, c) = exp2_approx(s(r, c) * scale_log2 - offset);
+        sum += s(r, c);
+      }
+      sums.of_block[r] = sum;
+    }
+    return sums;
+  }
+
+  __device__ __forceinline__ void add(const Sums& sums) {
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; ++r) row_sum[r] += sums.of_block[r];
+  }
+
+  /// add(), if no row of the warp has more than `limit` in the block; else nothing changes, the result is false, and the
+  /// logits are needed again, for advance().
+  __device__ __forceinline__ bool admit(const Sums& sums, float limit) {
+    bool fits = true;
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; ++r) fits &= sums.of_block[r] <= limit;  // false if it is no number
+    if (!__all_sync(0xffffffff, fits)) return false;
+    add(sums);
+    return true;
+  }
+
+  /// Whether all weights of row r were finite, and small enough to leave room for the values in `o`, any element of
+  /// that row of O: one infinite weight, and each is infinite or no number. After finish().
+  __device__ __forceinline__ bool fits(int r, float o) const {
+    return row_sum[r] <= kMostWeight && fabsf(o) < INFINITY;
   }
 
   /// O (kRows, columns) times the factors. The maximum of a row seldom moves once it has seen some hundred keys.

@@ -10,12 +10,11 @@
 
 namespace dca::cuda::sm80 {
 
-template <TileKind kKind, DType kDType, int kHeadDim, DType kCacheDType = DType::Same,
-          Variant kVariant = Variant::Default>
+template <TileKind kKind, DType kDType, int kHeadDim, DType kCacheDType = DType::Same>
 struct Instance {
   using Element = typename ElementOf<kDType>::type;
   using Cached = typename ElementOf<kCacheDType == DType::Same ? kDType : kCacheDType>::type;
-  using Traits = std::conditional_t<kKind == TileKind::Prefill, PrefillTraits<Element, kHeadDim, Cached, kVariant>,
+  using Traits = std::conditional_t<kKind == TileKind::Prefill, PrefillTraits<Element, kHeadDim, Cached>,
                                     DecodeTraits<Element, kHeadDim, Cached>>;
 
   template <bool kPaged>
@@ -46,7 +45,7 @@ struct Instance {
     constexpr int32_t kSharedPerSm = 164 * 1024;
     constexpr int32_t kFitting = kSharedPerSm / (Traits::kSharedBytes + 1024);
     constexpr int32_t kCtas = kFitting < Traits::kMinCtas ? kFitting : Traits::kMinCtas;
-    return {"sm80", name_of(kVariant), kKind, kDType, kHeadDim, Traits::kBlockM, kCtas, false, &launch, kCacheDType};
+    return {"sm80", "", kKind, kDType, kHeadDim, Traits::kBlockM, kCtas, false, &launch, kCacheDType};
   }
 };
 

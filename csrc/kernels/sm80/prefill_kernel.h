@@ -34,6 +34,9 @@ class PrefillTile {
   static constexpr int kRowsPerWarp = kBlockM / Traits::kWarps;
   static constexpr int kThreadRows = kRowsPerWarp / 8;
   using Softmax = OnlineSoftmax<kThreadRows, Traits::kHeadroom>;
+  static constexpr bool kTrusting = kTrusts<Cached>;
+  // Of a row in a block, so that every weight is finite. fp16 reaches to 2^16.
+  static constexpr float kMostWeight = std::is_same_v<Value, cutlass::half_t> ? 0x1p15f : Softmax::kMostWeight;
 
  public:
   __device__ PrefillTile(const AttentionArgs& args, const WorkTile& tile, Element* smem)
@@ -58,6 +61,7 @@ class PrefillTile {
     int32_t stage = 0;
     int32_t segment = -1;
     while (block.count > 0) {
+      const bool first = segment < 0;
       if (segment != static_cast<int32_t>(block.segment)) {
         segment = static_cast<int32_t>(block.segment);
         rotate_queries(block.segment);
@@ -69,7 +73,13 @@ class PrefillTile {
       multiply_qk<MmaQk>(acc_s, smem_q(), smem_k(stage), thread_, [&] { load(next, stage ^ 1); });
       auto s = make_tensor(acc_s.data(), as_rows_and_columns(acc_s.layout()));
       if (masked) mask_logits(s, logit_coordinates(), args_, tile_, block, 0);
-      softmax.apply(softmax.advance(s, scale_.magnitude_log2), o);
+      if (!kTrusting || first || !softmax.admit(softmax.weigh(s, scale_.magnitude_log2), kMostWeight)) {
+        if (kTrusting && !first) {  // weights too large for their dtype: the logits once more
+          multiply_qk<MmaQk>(acc_s, smem_q(), smem_k(stage), thread_);
+          if (masked) mask_logits(s, logit_coordinates(), args_, tile_, block, 0);
+        }
+        softmax.apply(softmax.advance(s, scale_.magnitude_log2), o);
+      }
       wait_for_values(stage);
       multiply_pv<MmaPv>(acc_o, acc_s, smem_vt(stage), thread_);
       block = next;

@@ -24,6 +24,10 @@ using ValueOf = std::conditional_t<std::is_same_v<Cached, cutlass::float_e4m3_t>
 template <class Cached>
 inline constexpr int kHeadroomOf = std::is_same_v<Cached, cutlass::float_e4m3_t> ? 15 : 0;
 
+/// Whether prefill trusts the maxima that it has found (docs/kernels.md). Weights with headroom have no room upwards.
+template <class Cached>
+inline constexpr bool kTrusts = kHeadroomOf<Cached> == 0;
+
 template <class Element>
 using MmaAtom = std::conditional_t<std::is_same_v<Element, cutlass::bfloat16_t>,
                                    MMA_Atom<SM80_16x8x16_F32BF16BF16F32_TN>, MMA_Atom<SM80_16x8x16_F32F16F16F32_TN>>;
@@ -51,21 +55,13 @@ struct SmemRows {
       decltype(composition(Layout_<kRows>{}, Layout<Shape<Int<kHeadDim>, Int<kRows>>, Stride<Int<kRows>, _1>>{}));
 };
 
-/// Tiles that only a GPU can choose between. Calls get Default; the others are compiled on request, to be timed.
-enum class Variant {
-  Default,
-  Crowded,  ///< head_dim 64: blocks of 32 keys, which leave registers for three CTAs per SM
-};
-
-constexpr const char* name_of(Variant variant) { return variant == Variant::Crowded ? "crowded" : ""; }
-
 /// Prefill: 4 warps. Each holds 16 or 32 rows of the logits and of O, and reads all of K and V, so that 32 rows halve
 /// the traffic from shared memory, which would else take as long as the products; registers allow them up to head_dim
 /// 128.
 ///
 /// Keys and values of a cache of e4m3 come into rings half the size, two numbers in the place of an element, and are
 /// widened into one more block of each, once for all warps: keys to Element, values to Value.
-template <class Element_, int kHeadDim_, class Cached_ = Element_, Variant kVariant = Variant::Default>
+template <class Element_, int kHeadDim_, class Cached_ = Element_>
 struct PrefillTraits {
   using Element = Element_;
   using Cached = Cached_;
@@ -77,12 +73,10 @@ struct PrefillTraits {
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kBlockM = kHeadDim <= 128 ? 128 : 64;
-  static constexpr bool kCrowded = kVariant == Variant::Crowded;
-  static_assert(!kCrowded || kHeadDim == 64);
-  static constexpr int kBlockN = kHeadDim <= 64 && !kCrowded ? 64 : 32;  // registers: S beside O
-  static constexpr int kStages = 2;                                      // this block and the next
-  static constexpr int kMinCtas = kCrowded ? 3 : kHeadDim <= 128 ? 2 : 1;
-  static constexpr int kQueryPairsAhead = kCrowded ? 2 : kHeadDim <= 64 ? 4 : kHeadDim <= 96 ? 3 : 2;
+  static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;  // registers: S beside O
+  static constexpr int kStages = 2;                         // this block and the next
+  static constexpr int kMinCtas = kHeadDim <= 128 ? 2 : 1;
+  static constexpr int kQueryPairsAhead = kHeadDim <= 64 ? 4 : kHeadDim <= 96 ? 3 : 2;
 
   using Rows = SmemRows<kHeadDim>;
   using SmemQ = typename Rows::template Layout_<kBlockM>;

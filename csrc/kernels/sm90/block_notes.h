@@ -19,11 +19,13 @@ struct BlockFlags {
   static constexpr uint32_t kSwitch = 4;       ///< the next block is of another segment
   static constexpr uint32_t kLast = 8;         ///< the tile has no further block
   static constexpr uint32_t kIntra = 16;       ///< the block is of the intra segment
-  static constexpr int kSegmentShift = 5;      ///< of the next block's segment
+  static constexpr uint32_t kMaxima = 32;      ///< larger logits than those before have to be looked for
+  static constexpr int kSegmentShift = 6;      ///< of the next block's segment
 
   uint32_t bits;
 
-  __device__ __forceinline__ bool has(uint32_t flag) const { return (bits & flag) != 0; }
+  /// Any of them.
+  __device__ __forceinline__ bool has(uint32_t flags) const { return (bits & flags) != 0; }
   __device__ __forceinline__ Segment next_segment() const { return static_cast<Segment>(bits >> kSegmentShift); }
 
   /// Of the beginning of a tile, whose first block is `next`; its count is 0 if there is none.
@@ -38,13 +40,16 @@ struct BlockNote {
   int32_t first_key;  ///< logical key of its first row in the ring, always kBlockN of them
   BlockFlags flags;
 
-  /// Of `block`, which `next` follows in its tile; the count of `next` is 0 if none does.
-  __device__ static BlockNote of(const WorkTile& tile, const KeyBlock& block, const KeyBlock& next, int32_t block_n) {
+  /// Of `block`, which `next` follows in its tile; the count of `next` is 0 if none does. Maxima are looked for where a
+  /// mask hides keys, since rows may not have seen any before, and else where `look` says so.
+  __device__ static BlockNote of(const WorkTile& tile, const KeyBlock& block, const KeyBlock& next, int32_t block_n,
+                                 bool look) {
     const int32_t first_key = first_key_of(tile, block, block_n);
     BlockFlags flags = BlockFlags::in_front_of(next);
     if (next.segment == block.segment) flags.bits &= ~BlockFlags::kSwitch;
     if (block.segment == Segment::Intra) flags.bits |= BlockFlags::kIntra;
-    if (tile.ranges.needs_mask(block, block_n)) flags.bits |= BlockFlags::kMasked;
+    if (tile.ranges.needs_mask(block, block_n)) flags.bits |= BlockFlags::kMasked | BlockFlags::kMaxima;
+    if (look) flags.bits |= BlockFlags::kMaxima;
     if (first_key < 0 || first_key + block_n > tile.seqlen.kv_len) flags.bits |= BlockFlags::kForeignRows;
     return {block, first_key, flags};
   }

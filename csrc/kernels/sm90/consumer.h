@@ -32,14 +32,14 @@ class Consumer {
     Turns::begin(warpgroup());
     for (RingPosition<Traits::kTileSlots> at;; at.advance()) {
       Barrier::wait(&shared_.tile_full[at.stage()], at.phase());
-      const TileSlot& slot = shared_.tiles[at.stage()];
+      TileSlot& slot = shared_.tiles[at.stage()];
       if (slot.last) break;
       const WorkTile& tile = slot.tile;
       thread_ = made_anew(thread_);
       if (tile.first_of_sequence) {
         clear_rows_without_position<Element>(args_, tile, thread_, Traits::kConsumerThreads);
       }
-      if (!tile.empty()) compute(tile, slot.before);
+      if (!tile.empty()) compute(slot);
       at.count = slot.count;  // as it was, but not kept in a register meanwhile
       EmptyBarrier::arrive(&shared_.tile_empty[at.stage()]);
     }
@@ -60,9 +60,10 @@ class Consumer {
     __device__ void keep_weights() { round_fragment(acc_s, weights); }
   };
 
-  // S = Q K^T of a block is issued before O += P V of the block before it, whose products then run under this block's
-  // softmax. The first block has none before it. `flags`: of what came before.
-  __device__ void compute(const WorkTile& tile, BlockFlags flags) {
+  // S = Q K^T of a block is issued before O += P V of the block before it. The first block has none before it.
+  __device__ void compute(TileSlot& slot) {
+    const WorkTile& tile = slot.tile;
+    BlockFlags flags = slot.before;
     const float scale_log2 = scale_of(tile).magnitude_log2;
     Fragments f;
     clear(f.acc_o);
@@ -82,9 +83,11 @@ class Consumer {
       f.keep_weights();
       at_.advance();
       for (;;) {
-        if (flags.has(BlockFlags::kForeignRows)) clear_foreign_values(tile);
-        if (flags.has(BlockFlags::kLast)) break;
-        if (flags.has(BlockFlags::kSwitch)) rotate_queries(tile, flags.next_segment());
+        if (flags.has(BlockFlags::kForeignRows | BlockFlags::kLast | BlockFlags::kSwitch)) {
+          if (flags.has(BlockFlags::kForeignRows)) clear_foreign_values(tile);
+          if (flags.has(BlockFlags::kLast)) break;
+          if (flags.has(BlockFlags::kSwitch)) rotate_queries(tile, flags.next_segment());
+        }
         wait_for_keys();
         Turns::take(warpgroup());
         issue_qk(f);
@@ -94,11 +97,17 @@ class Consumer {
         Turns::pass(warpgroup());
         warpgroup_wait<1>();  // the logits; the values' products go on
         finish_qk(f, tile, flags);
-        const auto rescale = softmax.advance(s, scale_log2);
-        stay_in_front(softmax);
-        finish_pv(f);
-        softmax.apply(rescale, o);
-        f.keep_weights();
+        if (!Traits::kTrusting || flags.has(BlockFlags::kMaxima)) {
+          const auto rescale = softmax.advance(s, scale_log2);
+          stay_in_front(softmax);
+          finish_pv(f);
+          softmax.apply(rescale, o);
+          f.keep_weights();
+        } else {
+          softmax.add(softmax.weigh(s, scale_log2));  // under the products of the other warpgroup
+          finish_pv(f);
+          f.keep_weights();
+        }
         at_.advance();
       }
       wait_for_values();
@@ -106,7 +115,9 @@ class Consumer {
       finish_pv(f);
     }
     softmax.finish();
-    store(tile, f.acc_o, o, softmax, coordinates<kHeadDim>(MmaPv{}), scale_log2);
+    const auto at = coordinates<kHeadDim>(MmaPv{});
+    if (Traits::kTrusting && !slot.careful) check(slot, o, softmax, at);
+    store(slot, f.acc_o, o, softmax, at, scale_log2);
   }
 
   // --- Products ---
@@ -241,9 +252,20 @@ class Consumer {
 
   // --- Results ---
 
+  // Whether the trust in the first block's maxima was justified. If not, the tile comes again.
+  template <class Rows, class Coordinates>
+  __device__ void check(TileSlot& slot, const Rows& o, const Softmax& softmax, const Coordinates& at) const {
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) {
+      const bool own = TileRow::of(args_, slot.tile, get<0>(at(r, 0))).valid;
+      if (own && !softmax.fits(r, o(r, 0))) atomicOr(&slot.failed, 1);
+    }
+  }
+
   template <class Acc, class Rows, class Coordinates>
-  __device__ void store(const WorkTile& tile, const Acc& acc_o, Rows& o, const Softmax& softmax, const Coordinates& at,
+  __device__ void store(const TileSlot& slot, const Acc& acc_o, Rows& o, const Softmax& softmax, const Coordinates& at,
                         float scale_log2) {
+    const WorkTile& tile = slot.tile;
     const OutputRows<Element> rows{args_, tile};
     finish_rows(rows, softmax, o, at, scale_log2, thread_ % 4 == 0, factor<Value>(args_.p.v_scale, tile));
     if (args_.plan.num_splits > 1) return;
@@ -251,7 +273,7 @@ class Consumer {
     stage(acc_o, o, at);
     const int32_t first_row = warpgroup() * 64;
     if (prefill_.out_by_tma && tile.num_positions() >= first_row + 64) {
-      store_by_tma(rows, first_row);
+      store_by_tma(rows, first_row, slot.careful);
     } else {
       __syncwarp();
       const int32_t first_of_warp = thread_ / 32 * 16;
@@ -279,10 +301,12 @@ class Consumer {
   }
 
   // All 64 rows are the tile's. The copy runs on while the next tile begins; wait_for_stores() guards its source.
-  __device__ void store_by_tma(const OutputRows<Element>& rows, int32_t first_row) const {
+  // `again`: these rows may have been stored before, by a copy that must not come after this one.
+  __device__ void store_by_tma(const OutputRows<Element>& rows, int32_t first_row, bool again) const {
     cutlass::arch::fence_view_async_shared();
     Barriers::warpgroup(warpgroup());
     if (thread_ % 128 != 0) return;
+    if (Traits::kTrusting && again) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
     const WorkTile& tile = rows.tile;
     const bool ragged = args_.p.cu_seqlens_q != nullptr;
     const int32_t row = static_cast<int32_t>(tile.seqlen.q_row) + tile.seqlen.row(tile.positions.begin) + first_row;

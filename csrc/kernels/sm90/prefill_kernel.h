@@ -42,6 +42,7 @@ __device__ void init_barriers(typename Traits::Shared& shared) {
   for (int slot = 0; slot < Traits::kTileSlots; ++slot) {
     Barrier::init(&shared.tile_full[slot], 1);
     EmptyBarrier::init(&shared.tile_empty[slot], kTileReaders);
+    shared.tiles[slot].failed = 0;
   }
   cutlass::arch::fence_barrier_init();
 }

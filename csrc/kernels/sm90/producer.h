@@ -45,58 +45,105 @@ class Producer {
     while (next_tile()) {
       const WorkTile& found = tile();
       KeyBlockIterator<true> walk(found.ranges, Traits::kBlockN);
+      bool look = true;
+      Rows values{};  // of the block before, which the consumers need behind the keys of this one
       for (KeyBlock block = walk.next(); block.count > 0;) {
         const KeyBlock next = walk.next();
-        request(found, BlockNote::of(found, block, next, Traits::kBlockN));
+        const BlockNote note = BlockNote::of(found, block, next, Traits::kBlockN, careful_ || look);
+        const Rows rows = rows_of(found, note);
+        request_keys(found, rows, note);
+        if (values.known) request_values(found, values);
+        look = Traits::kLooksAtSegments && next.segment != block.segment;
+        values = rows;
         block = next;
       }
+      if (values.known) request_values(found, values);
     }
   }
 
   /// Finds a tile that has work, and says so to all who wait for it; or that there is none any more: false.
   __device__ bool next_tile() {
     slot_.advance();
-    for (int32_t index = tiles_.next(args_);; index = tiles_.next(args_)) {
-      EmptyBarrier::wait(&shared_.tile_empty[slot_.stage()], slot_.phase_before());
-      if (index < 0) break;
+    for (int32_t index = next_index(); index >= 0; index = next_index()) {
       WorkTile& tile = shared_.tiles[slot_.stage()].tile;
       __syncwarp();  // all lanes have seen that the tile before was empty, if it was
       if (lane_ == 0) tile.assign(args_.attention, index);
       __syncwarp();
       if (tile.empty() && !tile.first_of_sequence) continue;
       if (!tile.empty()) prefetch_queries<typename Traits::Element, Traits::kBlockM>(args_.attention, tile, lane_, 32);
-      publish(false);
+      publish(index);
       return true;
     }
-    publish(true);
+    publish(-1);
     return false;
   }
 
   /// The one that next_tile() has found.
   __device__ const WorkTile& tile() const { return shared_.tiles[slot_.stage()].tile; }
 
-  /// Asks for the keys and values of a block of that tile, as soon as there is room for them, and says what they are
-  /// to those who wait for them. Of packed rings the widener says it.
-  __device__ __forceinline__ void request(const WorkTile& tile, const BlockNote& note) {
-    const KeySource source = KeySource::of(args_.attention, tile, note.first_key + row(), args_.rows_per_box);
-    load(args_.k, source, tile.kv_head, rings().k, barriers().k_full, barriers().k_empty, [&] {
-      if constexpr (!Traits::kE4M3) shared_.notes[at_.stage()] = note;
+  /// Where the rows of a block lie that this lane asks for.
+  struct Rows {
+    KeySource source;
+    int32_t first_key;  ///< of the block's first row in the ring
+    bool known;
+  };
+  __device__ __forceinline__ Rows rows_of(const WorkTile& tile, const BlockNote& note) const {
+    return {KeySource::of(args_.attention, tile, note.first_key + row(), args_.rows_per_box), note.first_key, true};
+  }
+
+  /// Asks for the keys of a block of that tile, as soon as there is room for them, and says what they are to those who
+  /// wait for them. Of packed rings the widener says it.
+  __device__ __forceinline__ void request_keys(const WorkTile& tile, const Rows& rows, const BlockNote& note) {
+    load(args_.k, keys_, rows.source, tile.kv_head, rings().k, barriers().k_full, barriers().k_empty, [&] {
+      if constexpr (!Traits::kE4M3) shared_.notes[keys_.stage()] = note;
     });
-    load(args_.v, source, tile.kv_head, rings().v, barriers().v_full, barriers().v_empty, [&] {
-      if constexpr (!Traits::kE4M3) shared_.first_keys[at_.stage()] = note.first_key;
+    keys_.advance();
+  }
+
+  /// The same for its values.
+  __device__ __forceinline__ void request_values(const WorkTile& tile, const Rows& rows) {
+    load(args_.v, values_, rows.source, tile.kv_head, rings().v, barriers().v_full, barriers().v_empty, [&] {
+      if constexpr (!Traits::kE4M3) shared_.first_keys[values_.stage()] = rows.first_key;
     });
-    at_.advance();
+    values_.advance();
   }
 
  private:
-  __device__ __forceinline__ void publish(bool last) {
+  // The tile to compute in the slot, when it is free. One that failed comes first. From the first failure on all tiles
+  // are careful: what makes one fail is likely to be met again, and at most those in the slots are computed twice.
+  __device__ int32_t next_index() {
+    int32_t index = failed_in(slot_);
+    if (index < 0) index = tiles_.next(args_);
+    if constexpr (Traits::kTrusting) {  // before the last word all tiles must be done
+      for (uint32_t i = 1; i < Traits::kTileSlots && index < 0; ++i) index = failed_in({slot_.count + i});
+    }
+    return index;
+  }
+
+  // The tile that was last in a slot, when it is done, if it failed.
+  __device__ int32_t failed_in(RingPosition<Traits::kTileSlots> at) {
+    EmptyBarrier::wait(&shared_.tile_empty[at.stage()], at.phase_before());
+    if constexpr (!Traits::kTrusting) return -1;
+    TileSlot& slot = shared_.tiles[at.stage()];
+    const int32_t index = slot.failed != 0 ? slot.index : -1;
+    __syncwarp();  // all lanes have read it
+    if (index < 0) return -1;
+    if (lane_ == 0) slot.failed = 0;
+    careful_ = true;
+    return index;
+  }
+
+  // `index`: of the tile in the slot; -1: there is none any more.
+  __device__ __forceinline__ void publish(int32_t index) {
     if (lane_ == 0) {
       TileSlot& slot = shared_.tiles[slot_.stage()];
-      if (!last) {
+      if (index >= 0) {
         slot.before = BlockFlags::in_front_of(KeyBlockIterator<true>(slot.tile.ranges, Traits::kBlockN).next());
       }
+      slot.index = index;
       slot.count = slot_.count;
-      slot.last = last;
+      slot.last = index < 0;
+      slot.careful = careful_;
       EmptyBarrier::arrive(&shared_.tile_full[slot_.stage()]);
     }
   }
@@ -122,19 +169,20 @@ class Producer {
 
   // Lane i brings the i-th box of rows, column by column of atoms. `say`: into the place, before it is full.
   template <class Say>
-  __device__ __forceinline__ void load(const CUtensorMap& map, const KeySource& source, int32_t kv_head, Cached* ring,
-                                       uint64_t* full, uint64_t* empty, Say&& say) const {
-    EmptyBarrier::wait(&empty[at_.stage()], at_.phase_before());
+  __device__ __forceinline__ void load(const CUtensorMap& map, RingPosition<Traits::kLoadStages> at,
+                                       const KeySource& source, int32_t kv_head, Cached* ring, uint64_t* full,
+                                       uint64_t* empty, Say&& say) const {
+    EmptyBarrier::wait(&empty[at.stage()], at.phase_before());
     if (lane_ == 0) {
       say();
-      Barrier::arrive_and_expect_tx(&full[at_.stage()], Traits::kStageElements * sizeof(Cached));
+      Barrier::arrive_and_expect_tx(&full[at.stage()], Traits::kStageElements * sizeof(Cached));
     }
     __syncwarp();
     if (row() >= Traits::kBlockN) return;
-    auto* target = ring + at_.stage() * Traits::kStageElements + row() * Traits::kLoadColumns;
+    auto* target = ring + at.stage() * Traits::kStageElements + row() * Traits::kLoadColumns;
     CUTE_UNROLL
     for (int column = 0; column < Traits::kHeadDim; column += Traits::kLoadColumns) {
-      SM90_TMA_LOAD_4D::copy(&map, &full[at_.stage()], static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL), target,
+      SM90_TMA_LOAD_4D::copy(&map, &full[at.stage()], static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL), target,
                              column, source.row, kv_head, source.batch);
       target += Traits::kBlockN * Traits::kLoadColumns;
     }
@@ -147,7 +195,8 @@ class Producer {
   const int32_t lane_;
   TileSequence tiles_;
   RingPosition<Traits::kTileSlots> slot_{~0u};  ///< of the tile that next_tile() has found; before the first
-  RingPosition<Traits::kLoadStages> at_;
+  RingPosition<Traits::kLoadStages> keys_, values_;  ///< that are asked for next
+  bool careful_ = !Traits::kTrusting;
 };
 
 }  // namespace dca::cuda::sm90

@@ -19,22 +19,24 @@ inline constexpr int kMaxSharedBytes = 227 * 1024;
 /// Ways to run that only a GPU can choose between. Calls get Default; the others are compiled on request, to be timed.
 enum class Variant {
   Default,
-  Unordered,  ///< warpgroups issue their products as they come
-  PerTile,    ///< a CTA for every tile, instead of as many as the device holds
-  Wide,       ///< head_dim 64: blocks of 160 keys
+  OtherTurns,  ///< warpgroups take turns where they would not, and take none where they would
+  PerTile,     ///< a CTA for every tile, instead of as many as the device holds
 };
 
 constexpr const char* name_of(Variant variant) {
-  constexpr const char* kNames[] = {"", "unordered", "per_tile", "wide"};
+  constexpr const char* kNames[] = {"", "other_turns", "per_tile"};
   return kNames[static_cast<int>(variant)];
 }
 
 /// A tile on its way from the producer, which finds it, to the consumers.
 struct TileSlot {
   WorkTile tile;
+  int32_t index;      ///< its number
   BlockFlags before;  ///< the first block
   uint32_t count;     ///< of the tiles before it
   bool last;          ///< there is no further tile, nor one here
+  bool careful;       ///< maxima are looked for in all blocks
+  int32_t failed;     ///< by the consumers: whether it was not careful, and has to be computed again
 };
 
 /// The barriers of a ring of key blocks and of one of their values.
@@ -66,22 +68,23 @@ struct PrefillTraits {
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kConsumerThreads = 128 * kConsumers;
   static constexpr int kBlockM = 64 * kConsumers;
-  static constexpr bool kWide = kVariant == Variant::Wide;
-  static_assert(!kWide || (kHeadDim == 64 && !kE4M3));
-  static constexpr int kBlockN = kWide             ? 160
-                                 : kHeadDim <= 128 ? 128
-                                 : kE4M3           ? 48  // 224 registers are not enough for 64
-                                                   : 64;
-  static constexpr int kStages = kHeadDim <= 64 && !kWide ? 4 : kHeadDim <= 96 ? 3 : 2;
+  static constexpr int kBlockN = kHeadDim <= 128 ? 128
+                                 : kE4M3         ? 48  // 224 registers are not enough for 64
+                                                 : 64;
+  static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 96 ? 3 : 2;
   static constexpr int kPackedStages = 2;
   static constexpr int kLoadStages = kE4M3 ? kPackedStages : kStages;  // of the rings that TMA fills
   static constexpr int kTileSlots = 2;
-  static constexpr int kProducerRegisters = kE4M3 ? 56 : 40;
-  static constexpr int kConsumerRegisters = kE4M3 ? 224 : 232;
+  static constexpr int kProducerRegisters = kE4M3 || kHeadDim <= 96 ? 56 : 40;
+  static constexpr int kConsumerRegisters = kE4M3 || kHeadDim <= 96 ? 224 : 232;
   static constexpr int kQueryPairsAhead = kHeadDim <= 128 ? 4 : 2;
-  /// Turns pay where a block's products take as long as its softmax. At head_dim 256 they take four times that.
-  static constexpr bool kOrdered = kVariant != Variant::Unordered && kHeadDim <= 128;
+  /// Turns pay where a block's softmax takes longer than its products.
+  static constexpr bool kOrdered = (kHeadDim <= 96) != (kVariant == Variant::OtherTurns);
   static constexpr bool kPersistent = kVariant != Variant::PerTile;
+  static constexpr bool kTrusting = sm80::kTrusts<Cached>;
+  /// fp16 has room for little trust: maxima are also looked for where a segment begins, which is where attention
+  /// sinks, the first tokens of a text, have theirs.
+  static constexpr bool kLooksAtSegments = std::is_same_v<Value, cutlass::half_t>;
 
   // 8 rows of 64 elements (32 where 64 does not divide the row) with permuted 16-byte units: what TMA writes and wgmma
   // reads without bank conflicts. Rows first, so that a column of atoms is what one TMA brings.

@@ -46,7 +46,7 @@ class Widener {
       request(tile, next);
       const RingPosition<Traits::kStages> place{count_};
       widen(shared_.packed.k, from.k_full, from.k_empty, shared_.k, to.k_full, to.k_empty,
-            [&] { shared_.notes[place.stage()] = BlockNote::of(tile, block, next, Traits::kBlockN); });
+            [&] { shared_.notes[place.stage()] = BlockNote::of(tile, block, next, Traits::kBlockN, true); });
       widen(shared_.packed.v, from.v_full, from.v_empty, shared_.v, to.v_full, to.v_empty,
             [&] { shared_.first_keys[place.stage()] = first_key_of(tile, block, Traits::kBlockN); });
       block = next;
@@ -54,7 +54,11 @@ class Widener {
   }
 
   __device__ __forceinline__ void request(const WorkTile& tile, const KeyBlock& block) {
-    if (is_producer() && block.count > 0) producer_.request(tile, BlockNote::of(tile, block, {}, Traits::kBlockN));
+    if (!is_producer() || block.count == 0) return;
+    const BlockNote note = BlockNote::of(tile, block, {}, Traits::kBlockN, true);
+    const auto rows = producer_.rows_of(tile, note);
+    producer_.request_keys(tile, rows, note);
+    producer_.request_values(tile, rows);
   }
 
   // The next block of one of the rings. `say`: into its place, before it is full.

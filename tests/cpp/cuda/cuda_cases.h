@@ -75,6 +75,20 @@ inline void expect_maxima_may_move_far(ProblemShape s, int32_t rows) {
   kernel_cases += 2;
 }
 
+/// Logits so far apart that no dtype holds the weight of a later key relative to the first block's largest: prefill
+/// computes such tiles again. Many heads, so that a CTA meets them one after the other.
+inline void expect_tiles_may_be_computed_again(ProblemShape s, int32_t heads, int32_t tokens) {
+  s.num_heads = heads;
+  s.num_heads_kv = 1;
+  s.chunk = {128, 150};
+  s.kv_lens = {tokens};
+  AttentionProblem problem(s);
+  AttentionParams p = problem.params();
+  p.softmax_scale = 30.0f;
+  EXPECT_TRUE(problem.matches_reference(p, {1, 2}));
+  kernel_cases += 2;
+}
+
 /// Queries for which all keys have one logit, the last `rows` of a sequence of `keys`: the LSE is that logit + ln(keys
 /// in sight). A block must leave no error of its own in the running sum, or some hundred of them add up: in sight with
 /// logits of some hundred, where one rounding is 6e-5.

@@ -169,6 +169,8 @@ TEST_P(CudaPrefill, LongChunksOfAnOddPublishedLength) {
   expect_matches_reference(s, {0});
 }
 
+TEST_P(CudaPrefill, TilesMayBeComputedAgain) { expect_tiles_may_be_computed_again(shape(1), 2, 300); }
+
 DCA_TEST_SM80(CudaPrefill, 64, 80, 96, 128, 192, 256);
 DCA_TEST_SM90(CudaPrefill, 64, 80, 96, 128, 192, 256);
 
@@ -253,6 +255,8 @@ TEST_P(CudaPrefillAxes, SumsOfManyBlocksDoNotDrift) {
 }
 
 TEST_P(CudaPrefillAxes, MaximaMayMoveFar) { expect_maxima_may_move_far(shape(2), 200); }
+
+TEST_P(CudaPrefillAxes, ManyTilesMayBeComputedAgain) { expect_tiles_may_be_computed_again(shape(1), 140, 260); }
 
 TEST_P(CudaPrefillAxes, LseMayBeNull) {
   AttentionProblem problem(shape(1));
