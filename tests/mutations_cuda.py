@@ -270,8 +270,8 @@ MUTATIONS = [
     Mutation(
         "Hopper wait: the producer does not wait for free places",
         SM90 + "producer.h",
-        "    EmptyBarrier::wait(&empty[at.stage()], at.phase_before());",
-        "    if (false) EmptyBarrier::wait(&empty[at.stage()], 0);",
+        "    EmptyBarrier::wait(&empty[at_.stage()], at_.phase_before());",
+        "    if (false) EmptyBarrier::wait(&empty[at_.stage()], 0);",
         ("race", "random", "late"),
     ),
     Mutation(

@@ -96,14 +96,15 @@ class Consumer {
         issue_pv(f);
         Turns::pass(warpgroup());
         warpgroup_wait<1>();  // the logits; the values' products go on
-        finish_qk(f, tile, flags);
         if (!Traits::kTrusting || flags.has(BlockFlags::kMaxima)) {
+          finish_qk(f, tile, flags);
           const auto rescale = softmax.advance(s, scale_log2);
           stay_in_front(softmax);
           finish_pv(f);
           softmax.apply(rescale, o);
           f.keep_weights();
         } else {
+          finish_qk(f);
           softmax.add(softmax.weigh(s, scale_log2));  // under the products of the other warpgroup
           finish_pv(f);
           f.keep_weights();
@@ -141,6 +142,12 @@ class Consumer {
   }
 
   // After the wait for it.
+  __device__ __forceinline__ void finish_qk(Fragments& f) const {
+    warpgroup_fence_operand(f.acc_s);
+    release(shared_.products.k_empty[at_.stage()]);
+  }
+
+  // The same, and masked.
   __device__ __forceinline__ void finish_qk(Fragments& f, const WorkTile& tile, BlockFlags flags) const {
     warpgroup_fence_operand(f.acc_s);
     if (flags.has(BlockFlags::kMasked)) {
@@ -150,7 +157,7 @@ class Consumer {
       auto s = f.s();
       mask_block(s, coordinates<kBlockN>(MmaQk{}), args_, tile, block, read_by_one(note.first_key));
     }
-    release(shared_.products.k_empty[at_.stage()]);
+    finish_qk(f);
   }
 
   __device__ __forceinline__ void finish_pv(Fragments& f) const {

@@ -46,18 +46,12 @@ class Producer {
       const WorkTile& found = tile();
       KeyBlockIterator<true> walk(found.ranges, Traits::kBlockN);
       bool look = true;
-      Rows values{};  // of the block before, which the consumers need behind the keys of this one
       for (KeyBlock block = walk.next(); block.count > 0;) {
         const KeyBlock next = walk.next();
-        const BlockNote note = BlockNote::of(found, block, next, Traits::kBlockN, careful_ || look);
-        const Rows rows = rows_of(found, note);
-        request_keys(found, rows, note);
-        if (values.known) request_values(found, values);
+        request(found, BlockNote::of(found, block, next, Traits::kBlockN, careful_ || look));
         look = Traits::kLooksAtSegments && next.segment != block.segment;
-        values = rows;
         block = next;
       }
-      if (values.known) request_values(found, values);
     }
   }
 
@@ -81,31 +75,17 @@ class Producer {
   /// The one that next_tile() has found.
   __device__ const WorkTile& tile() const { return shared_.tiles[slot_.stage()].tile; }
 
-  /// Where the rows of a block lie that this lane asks for.
-  struct Rows {
-    KeySource source;
-    int32_t first_key;  ///< of the block's first row in the ring
-    bool known;
-  };
-  __device__ __forceinline__ Rows rows_of(const WorkTile& tile, const BlockNote& note) const {
-    return {KeySource::of(args_.attention, tile, note.first_key + row(), args_.rows_per_box), note.first_key, true};
-  }
-
-  /// Asks for the keys of a block of that tile, as soon as there is room for them, and says what they are to those who
-  /// wait for them. Of packed rings the widener says it.
-  __device__ __forceinline__ void request_keys(const WorkTile& tile, const Rows& rows, const BlockNote& note) {
-    load(args_.k, keys_, rows.source, tile.kv_head, rings().k, barriers().k_full, barriers().k_empty, [&] {
-      if constexpr (!Traits::kE4M3) shared_.notes[keys_.stage()] = note;
+  /// Asks for the keys and values of a block of that tile, as soon as there is room for them, and says what they are
+  /// to those who wait for them. Of packed rings the widener says it.
+  __device__ __forceinline__ void request(const WorkTile& tile, const BlockNote& note) {
+    const KeySource source = KeySource::of(args_.attention, tile, note.first_key + row(), args_.rows_per_box);
+    load(args_.k, source, tile.kv_head, rings().k, barriers().k_full, barriers().k_empty, [&] {
+      if constexpr (!Traits::kE4M3) shared_.notes[at_.stage()] = note;
     });
-    keys_.advance();
-  }
-
-  /// The same for its values.
-  __device__ __forceinline__ void request_values(const WorkTile& tile, const Rows& rows) {
-    load(args_.v, values_, rows.source, tile.kv_head, rings().v, barriers().v_full, barriers().v_empty, [&] {
-      if constexpr (!Traits::kE4M3) shared_.first_keys[values_.stage()] = rows.first_key;
+    load(args_.v, source, tile.kv_head, rings().v, barriers().v_full, barriers().v_empty, [&] {
+      if constexpr (!Traits::kE4M3) shared_.first_keys[at_.stage()] = note.first_key;
     });
-    values_.advance();
+    at_.advance();
   }
 
  private:
@@ -169,20 +149,19 @@ class Producer {
 
   // Lane i brings the i-th box of rows, column by column of atoms. `say`: into the place, before it is full.
   template <class Say>
-  __device__ __forceinline__ void load(const CUtensorMap& map, RingPosition<Traits::kLoadStages> at,
-                                       const KeySource& source, int32_t kv_head, Cached* ring, uint64_t* full,
-                                       uint64_t* empty, Say&& say) const {
-    EmptyBarrier::wait(&empty[at.stage()], at.phase_before());
+  __device__ __forceinline__ void load(const CUtensorMap& map, const KeySource& source, int32_t kv_head, Cached* ring,
+                                       uint64_t* full, uint64_t* empty, Say&& say) const {
+    EmptyBarrier::wait(&empty[at_.stage()], at_.phase_before());
     if (lane_ == 0) {
       say();
-      Barrier::arrive_and_expect_tx(&full[at.stage()], Traits::kStageElements * sizeof(Cached));
+      Barrier::arrive_and_expect_tx(&full[at_.stage()], Traits::kStageElements * sizeof(Cached));
     }
     __syncwarp();
     if (row() >= Traits::kBlockN) return;
-    auto* target = ring + at.stage() * Traits::kStageElements + row() * Traits::kLoadColumns;
+    auto* target = ring + at_.stage() * Traits::kStageElements + row() * Traits::kLoadColumns;
     CUTE_UNROLL
     for (int column = 0; column < Traits::kHeadDim; column += Traits::kLoadColumns) {
-      SM90_TMA_LOAD_4D::copy(&map, &full[at.stage()], static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL), target,
+      SM90_TMA_LOAD_4D::copy(&map, &full[at_.stage()], static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL), target,
                              column, source.row, kv_head, source.batch);
       target += Traits::kBlockN * Traits::kLoadColumns;
     }
@@ -195,7 +174,7 @@ class Producer {
   const int32_t lane_;
   TileSequence tiles_;
   RingPosition<Traits::kTileSlots> slot_{~0u};  ///< of the tile that next_tile() has found; before the first
-  RingPosition<Traits::kLoadStages> keys_, values_;  ///< that are asked for next
+  RingPosition<Traits::kLoadStages> at_;
   bool careful_ = !Traits::kTrusting;
 };
 

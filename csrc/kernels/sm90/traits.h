@@ -75,8 +75,8 @@ struct PrefillTraits {
   static constexpr int kPackedStages = 2;
   static constexpr int kLoadStages = kE4M3 ? kPackedStages : kStages;  // of the rings that TMA fills
   static constexpr int kTileSlots = 2;
-  static constexpr int kProducerRegisters = kE4M3 || kHeadDim <= 96 ? 56 : 40;
-  static constexpr int kConsumerRegisters = kE4M3 || kHeadDim <= 96 ? 224 : 232;
+  static constexpr int kProducerRegisters = kE4M3 ? 56 : 40;
+  static constexpr int kConsumerRegisters = kE4M3 ? 224 : 232;
   static constexpr int kQueryPairsAhead = kHeadDim <= 128 ? 4 : 2;
   /// Turns pay where a block's softmax takes longer than its products.
   static constexpr bool kOrdered = (kHeadDim <= 96) != (kVariant == Variant::OtherTurns);

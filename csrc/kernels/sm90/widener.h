@@ -55,10 +55,7 @@ class Widener {
 
   __device__ __forceinline__ void request(const WorkTile& tile, const KeyBlock& block) {
     if (!is_producer() || block.count == 0) return;
-    const BlockNote note = BlockNote::of(tile, block, {}, Traits::kBlockN, true);
-    const auto rows = producer_.rows_of(tile, note);
-    producer_.request_keys(tile, rows, note);
-    producer_.request_values(tile, rows);
+    producer_.request(tile, BlockNote::of(tile, block, {}, Traits::kBlockN, true));
   }
 
   // The next block of one of the rings. `say`: into its place, before it is full.
