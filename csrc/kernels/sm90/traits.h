@@ -78,10 +78,11 @@ struct PrefillTraits {
   static constexpr int kProducerRegisters = kE4M3 ? 56 : 40;
   static constexpr int kConsumerRegisters = kE4M3 ? 224 : 232;
   static constexpr int kQueryPairsAhead = kHeadDim <= 128 ? 4 : 2;
-  /// Turns pay where a block's softmax takes longer than its products.
-  static constexpr bool kOrdered = (kHeadDim <= 96) != (kVariant == Variant::OtherTurns);
-  static constexpr bool kPersistent = kVariant != Variant::PerTile;
+  /// Whether a tile at first trusts the maxima of its first block.
   static constexpr bool kTrusting = sm80::kTrusts<Cached>;
+  /// Turns pay where a block's softmax takes about as long as its products: at head_dim 128 if maxima are looked for.
+  static constexpr bool kOrdered = (kHeadDim <= (kTrusting ? 96 : 128)) != (kVariant == Variant::OtherTurns);
+  static constexpr bool kPersistent = kVariant != Variant::PerTile;
   /// fp16 has room for little trust: maxima are also looked for where a segment begins, which is where attention
   /// sinks, the first tokens of a text, have theirs.
   static constexpr bool kLooksAtSegments = std::is_same_v<Value, cutlass::half_t>;
