@@ -80,8 +80,8 @@ struct PrefillTraits {
   static constexpr int kQueryPairsAhead = kHeadDim <= 128 ? 4 : 2;
   /// Whether a tile at first trusts the maxima of its first block.
   static constexpr bool kTrusting = sm80::kTrusts<Cached>;
-  /// Turns pay where a block's softmax takes about as long as its products: at head_dim 128 if maxima are looked for.
-  static constexpr bool kOrdered = (kHeadDim <= (kTrusting ? 96 : 128)) != (kVariant == Variant::OtherTurns);
+  /// Turns pay where a block's products take as long as its softmax. At head_dim 256 they take four times that.
+  static constexpr bool kOrdered = (kHeadDim <= 128) != (kVariant == Variant::OtherTurns);
   static constexpr bool kPersistent = kVariant != Variant::PerTile;
   /// fp16 has room for little trust: maxima are also looked for where a segment begins, which is where attention
   /// sinks, the first tokens of a text, have theirs.
