@@ -128,8 +128,8 @@ struct OnlineSoftmax {
     for (int r = 0; r < kRows; ++r) row_sum[r] += sums.of_block[r];
   }
 
-  /// add(), if no row of the warp has more than `limit` in the block; else nothing changes, the result is false, and the
-  /// logits are needed again, for advance().
+  /// add(), if no row of the warp has more than `limit` in the block. Else nothing changes, the result is false, and
+  /// the logits are needed again, for advance().
   __device__ __forceinline__ bool admit(const Sums& sums, float limit) {
     bool fits = true;
     CUTE_UNROLL
