@@ -38,8 +38,8 @@ bool can_run(const AttentionInstance& instance, const AttentionParams& p, const 
   return device.major == 9 && device.minor == 0 && fits_tma(p, p.k) && fits_tma(p, p.v);
 }
 
-// DCA_CUDA_KERNELS=sm80 leaves the kernels of other architectures out, sm80:VARIANT or sm90:VARIANT asks for a variant,
-// to compare them.
+// DCA_CUDA_KERNELS=sm80 leaves the kernels of other architectures out, sm90:VARIANT asks for a variant, to compare
+// them.
 bool is_wanted(const AttentionInstance& instance) {
   const char* const only = std::getenv("DCA_CUDA_KERNELS");
   const std::string_view variant = instance.variant;

@@ -30,10 +30,11 @@ struct OnlineSoftmax {
   /// A maximum stays what it is while weights exceed 1 by no more than 2^kSlack: O is then seldom multiplied.
   static constexpr float kSlack = kHeadroom > 0 ? 0.0f : 8.0f;
 
-  /// What the sums of weights may amount to, so that O has room for values.
-  static constexpr float kMostWeight = 0x1p64f;
+  /// What the weights of a row may sum up to, so that O has room for values.
+  static constexpr float kMostSum = 0x1p64f;
 
-  float row_max[kRows];  ///< of the raw logits, or some that is smaller by at most kSlack powers of two
+  /// Of the raw logits that advance() has seen, or some that is smaller by at most kSlack powers of two.
+  float row_max[kRows];
   float row_sum[kRows];  ///< this lane's share of sum 2^((logit - row_max) * scale_log2 + kHeadroom)
 
   __device__ OnlineSoftmax() {
@@ -105,7 +106,7 @@ struct OnlineSoftmax {
 
   /// Turns the logits `s` into weights by the maxima as they are, without a look for larger logits, which takes as long
   /// as half the exponentials. Weights may exceed 1, which floating point does not mind as far as they are finite in
-  /// the dtype that they are rounded to. Of a row that has seen no key yet they are not.
+  /// the dtype that they are rounded to. Of a row that has seen no key yet they are not. For kHeadroom 0 only.
   template <class Logits>
   __device__ __forceinline__ Sums weigh(Logits& s, float scale_log2) const {
     Sums sums;
@@ -123,6 +124,7 @@ struct OnlineSoftmax {
     return sums;
   }
 
+  /// Takes over what weigh() has summed.
   __device__ __forceinline__ void add(const Sums& sums) {
     CUTE_UNROLL
     for (int r = 0; r < kRows; ++r) row_sum[r] += sums.of_block[r];
@@ -141,9 +143,7 @@ struct OnlineSoftmax {
 
   /// Whether all weights of row r were finite, and small enough to leave room for the values in `o`, any element of
   /// that row of O: one infinite weight, and each is infinite or no number. After finish().
-  __device__ __forceinline__ bool fits(int r, float o) const {
-    return row_sum[r] <= kMostWeight && fabsf(o) < INFINITY;
-  }
+  __device__ __forceinline__ bool fits(int r, float o) const { return row_sum[r] <= kMostSum && fabsf(o) < INFINITY; }
 
   /// O (kRows, columns) times the factors. The maximum of a row seldom moves once it has seen some hundred keys.
   template <class Output>

@@ -35,8 +35,8 @@ class PrefillTile {
   static constexpr int kThreadRows = kRowsPerWarp / 8;
   using Softmax = OnlineSoftmax<kThreadRows, Traits::kHeadroom>;
   static constexpr bool kTrusting = kTrusts<Cached>;
-  // Of a row in a block, so that every weight is finite. fp16 reaches to 2^16.
-  static constexpr float kMostWeight = std::is_same_v<Value, cutlass::half_t> ? 0x1p15f : Softmax::kMostWeight;
+  // What a lane's weights of a row in a block may sum up to, so that each is finite in Value. fp16 reaches to 2^16.
+  static constexpr float kMostSum = std::is_same_v<Value, cutlass::half_t> ? 0x1p15f : Softmax::kMostSum;
 
  public:
   __device__ PrefillTile(const AttentionArgs& args, const WorkTile& tile, Element* smem)
@@ -73,7 +73,7 @@ class PrefillTile {
       multiply_qk<MmaQk>(acc_s, smem_q(), smem_k(stage), thread_, [&] { load(next, stage ^ 1); });
       auto s = make_tensor(acc_s.data(), as_rows_and_columns(acc_s.layout()));
       if (masked) mask_logits(s, logit_coordinates(), args_, tile_, block, 0);
-      if (!kTrusting || first || !softmax.admit(softmax.weigh(s, scale_.magnitude_log2), kMostWeight)) {
+      if (!kTrusting || first || !softmax.admit(softmax.weigh(s, scale_.magnitude_log2), kMostSum)) {
         if (kTrusting && !first) {  // weights too large for their dtype: the logits once more
           multiply_qk<MmaQk>(acc_s, smem_q(), smem_k(stage), thread_);
           if (masked) mask_logits(s, logit_coordinates(), args_, tile_, block, 0);

@@ -96,6 +96,7 @@ class Consumer {
         issue_pv(f);
         Turns::pass(warpgroup());
         warpgroup_wait<1>();  // the logits; the values' products go on
+        // Rounded in each branch, so that the compiler puts it among the exponentials.
         if (!Traits::kTrusting || flags.has(BlockFlags::kMaxima)) {
           finish_qk(f, tile, flags);
           const auto rescale = softmax.advance(s, scale_log2);

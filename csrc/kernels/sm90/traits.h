@@ -31,7 +31,7 @@ constexpr const char* name_of(Variant variant) {
 /// A tile on its way from the producer, which finds it, to the consumers.
 struct TileSlot {
   WorkTile tile;
-  int32_t index;      ///< its number
+  int32_t index;      ///< its number; -1: there is none, and `last`
   BlockFlags before;  ///< the first block
   uint32_t count;     ///< of the tiles before it
   bool last;          ///< there is no further tile, nor one here

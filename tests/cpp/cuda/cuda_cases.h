@@ -64,29 +64,31 @@ inline void expect_nan_stays_in_its_sequence(ProblemShape s) {
   kernel_cases += 2;
 }
 
+/// expect_matches_reference() with a softmax scale: how far apart logits lie.
+inline void expect_matches_reference_scaled(const ProblemShape& shape, float softmax_scale,
+                                            const std::vector<int32_t>& split_counts) {
+  AttentionProblem problem(shape);
+  AttentionParams p = problem.params();
+  p.softmax_scale = softmax_scale;
+  EXPECT_TRUE(problem.matches_reference(p, split_counts));
+  kernel_cases += static_cast<int>(split_counts.size());
+}
+
 /// Logits so far apart that the maximum of a row moves by many powers of two from block to block.
 inline void expect_maxima_may_move_far(ProblemShape s, int32_t rows) {
   s.kv_lens = {300};
   s.q_lens = {rows};
-  AttentionProblem problem(s);
-  AttentionParams p = problem.params();
-  p.softmax_scale = 2.0f;
-  EXPECT_TRUE(problem.matches_reference(p, {1, 2}));
-  kernel_cases += 2;
+  expect_matches_reference_scaled(s, 2.0f, {1, 2});
 }
 
-/// Logits so far apart that no dtype holds the weight of a later key relative to the first block's largest: prefill
-/// computes such tiles again. Many heads, so that a CTA meets them one after the other.
+/// Logits so far apart that no dtype holds the weight of a later key relative to the first block's largest: what
+/// prefill has trusted was wrong. Many heads, so that a CTA meets such tiles one after the other.
 inline void expect_tiles_may_be_computed_again(ProblemShape s, int32_t heads, int32_t tokens) {
   s.num_heads = heads;
   s.num_heads_kv = 1;
   s.chunk = {128, 150};
   s.kv_lens = {tokens};
-  AttentionProblem problem(s);
-  AttentionParams p = problem.params();
-  p.softmax_scale = 30.0f;
-  EXPECT_TRUE(problem.matches_reference(p, {1, 2}));
-  kernel_cases += 2;
+  expect_matches_reference_scaled(s, 30.0f, {1, 2});
 }
 
 /// Queries for which all keys have one logit, the last `rows` of a sequence of `keys`: the LSE is that logit + ln(keys
