@@ -277,12 +277,17 @@ step_dca_bench_sm80() {
     --device=cuda --json "$out/dca_bench_sm80.json"
 }
 
-# What a GPU has to choose between, one line of JSON for each; docs/kernels.md names them.
+# What a GPU has to choose between, tested, and one line of JSON for each; docs/kernels.md names them.
 step_variants() {
   local failed=0 kernels shape
+  for kernels in sm90:three_consumers sm90:other_turns sm90:per_tile; do
+    [ -x "$tree/tests/cpp/cuda/dca_cuda_tests" ] || break
+    echo "$kernels: tests"
+    DCA_CUDA_KERNELS=$kernels test_shards 'Sm90/CudaPrefill*bf16_dim64:Sm90/CudaPrefill*bf16_dim128' || failed=1
+  done
   rm -f "$out/variants.jsonl"
   while read -r shape; do
-    for kernels in sm90 sm90:other_turns sm90:per_tile sm80; do
+    for kernels in sm90 sm90:three_consumers sm90:other_turns sm90:per_tile sm80; do
       if [[ $kernels = *:* && $shape = decode* ]]; then continue; fi
       echo "$kernels $shape"
       # shellcheck disable=SC2086  # words
@@ -298,6 +303,9 @@ prefill --heads=32 --kv-heads=8 --head-dim=128 --seqlen=16384
 prefill --heads=32 --kv-heads=8 --head-dim=128 --seqlen=65536 --repeat=5
 prefill --heads=32 --kv-heads=8 --head-dim=64 --seqlen=16384
 prefill --heads=32 --kv-heads=8 --head-dim=64 --seqlen=65536 --repeat=5
+prefill --heads=32 --kv-heads=8 --head-dim=128 --seqlen=4096
+prefill --heads=32 --kv-heads=8 --head-dim=128 --seqlen=16384 --chunk-len=6144
+prefill --heads=32 --kv-heads=8 --head-dim=64 --seqlen=16384 --chunk-len=6144
 decode --heads=64 --kv-heads=8 --seqlen=65536
 decode --heads=64 --kv-heads=8 --seqlen=131072
 decode --heads=64 --kv-heads=8 --seqlen=131072 --page-size=64
@@ -416,7 +424,7 @@ done
 if [ -x "$tree/bench/cpp/dca_bench" ]; then
   run_step dca_bench 150
   run_step dca_bench_sm80 30
-  if [ -n "$variants" ]; then run_step variants 90; fi
+  if [ -n "$variants" ]; then run_step variants 150; fi
 else
   skip_step dca_bench "there is no dca_bench: its build failed"
 fi

@@ -215,8 +215,8 @@ MUTATIONS = [
     Mutation(
         "Hopper mask: one key too many",
         SM90 + "mainloop.h",
-        ".position - first_key + 1);",
-        ".position - first_key + 2);",
+        "position - block.begin + 1);",
+        "position - block.begin + 2);",
     ),
     Mutation(
         "Hopper mask: keys in front of a block that begins inside a page",

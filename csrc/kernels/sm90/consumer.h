@@ -184,7 +184,8 @@ class Consumer {
   // (rows, columns) of this thread's accumulators -> (row, column) of the tile.
   template <int kColumns, class Mma>
   __device__ auto coordinates(const Mma& mma) const {
-    const auto mine = mma.get_slice(thread_).partition_C(make_identity_tensor(Shape<Int<kBlockM>, Int<kColumns>>{}));
+    const auto whole = make_identity_tensor(Shape<Int<kBlockM>, Int<kColumns>>{});
+    const auto mine = mma.get_slice(made_anew(thread_)).partition_C(whole);
     return make_tensor(mine.data(), as_rows_and_columns(mine.layout()));
   }
 

@@ -110,6 +110,10 @@ __device__ __forceinline__ int32_t made_anew(int32_t value) {
   asm volatile("" : "+r"(value));
   return value;
 }
+__device__ __forceinline__ uint32_t made_anew(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 
 /// acc = A B or acc += A B over all steps of K, issued and committed; the caller waits.
 template <bool kClear, class Mma, class FragmentA, class FragmentB, class Acc>
@@ -130,17 +134,19 @@ __device__ __forceinline__ void issue_product(Mma& mma, const FragmentA& a, cons
 template <class Logits, class Coordinates>
 __device__ __forceinline__ void mask_block(Logits& s, const Coordinates& coordinates, const AttentionArgs& args,
                                            const WorkTile& tile, const KeyBlock& block, int32_t first_key) {
-  const int32_t begin = block.begin - first_key;
+  // Counted from the thread's first column, from which the others are constants away.
+  const int32_t begin = block.begin - first_key - get<1>(coordinates(0, 0));
   const int32_t end = begin + block.count;
   CUTE_UNROLL
   for (int r = 0; r < size<0>(s); ++r) {
     int32_t limit = end;
     if (block.segment == Segment::Intra) {
-      limit = min(limit, TileRow::of(args, tile, get<0>(coordinates(r, 0))).position - first_key + 1);
+      const int32_t position = TileRow::of(args, tile, get<0>(coordinates(r, 0))).position;
+      limit = min(limit, begin + position - block.begin + 1);
     }
     CUTE_UNROLL
     for (int c = 0; c < size<1>(s); ++c) {
-      const int32_t column = get<1>(coordinates(r, c));
+      const int32_t column = c / 2 * 8 + c % 2;
       if (column < begin || column >= limit) s(r, c) = -INFINITY;
     }
   }

@@ -59,7 +59,7 @@ class Producer {
   __device__ bool next_tile() {
     slot_.advance();
     for (int32_t index = next_index(); index >= 0; index = next_index()) {
-      WorkTile& tile = shared_.tiles[slot_.stage()].tile;
+      WorkTile& tile = slot().tile;
       __syncwarp();  // all lanes have seen that the tile before was empty, if it was
       if (lane_ == 0) tile.assign(args_.attention, index);
       __syncwarp();
@@ -73,7 +73,7 @@ class Producer {
   }
 
   /// The one that next_tile() has found.
-  __device__ const WorkTile& tile() const { return shared_.tiles[slot_.stage()].tile; }
+  __device__ const WorkTile& tile() const { return slot().tile; }
 
   /// Asks for the keys and values of a block of that tile, as soon as there is room for them, and says what they are
   /// to those who wait for them. Of packed rings the widener says it.
@@ -102,6 +102,7 @@ class Producer {
 
   // The tile that was last in a slot, when it is done, if it failed.
   __device__ int32_t failed_in(RingPosition<Traits::kTileSlots> at) {
+    at.count = made_anew(at.count);  // places and phases take registers, which the producer has few of
     EmptyBarrier::wait(&shared_.tile_empty[at.stage()], at.phase_before());
     if constexpr (!Traits::kTrusting) return -1;
     TileSlot& slot = shared_.tiles[at.stage()];
@@ -116,7 +117,7 @@ class Producer {
   // `index`: of the tile in the slot; -1: there is none any more.
   __device__ __forceinline__ void publish(int32_t index) {
     if (lane_ == 0) {
-      TileSlot& slot = shared_.tiles[slot_.stage()];
+      TileSlot& slot = this->slot();
       if (index >= 0) {
         slot.before = BlockFlags::in_front_of(KeyBlockIterator<true>(slot.tile.ranges, Traits::kBlockN).next());
       }
@@ -127,6 +128,9 @@ class Producer {
       EmptyBarrier::arrive(&shared_.tile_full[slot_.stage()]);
     }
   }
+
+  // Of the tile that next_tile() has found.
+  __device__ TileSlot& slot() const { return shared_.tiles[made_anew(slot_.stage())]; }
 
   // The rings that TMA fills, and their barriers: those of the products, or those that are widened into them.
   __device__ auto& rings() const {

@@ -19,12 +19,13 @@ inline constexpr int kMaxSharedBytes = 227 * 1024;
 /// Ways to run that only a GPU can choose between. Calls get Default; the others are compiled on request, to be timed.
 enum class Variant {
   Default,
-  OtherTurns,  ///< warpgroups take turns where they would not, and take none where they would
-  PerTile,     ///< a CTA for every tile, instead of as many as the device holds
+  OtherTurns,      ///< warpgroups take turns where they would not, and take none where they would
+  PerTile,         ///< a CTA for every tile, instead of as many as the device holds
+  ThreeConsumers,  ///< tiles of 192 rows, for head_dims up to 128 and caches of 16 bits
 };
 
 constexpr const char* name_of(Variant variant) {
-  constexpr const char* kNames[] = {"", "other_turns", "per_tile"};
+  constexpr const char* kNames[] = {"", "other_turns", "per_tile", "three_consumers"};
   return kNames[static_cast<int>(variant)];
 }
 
@@ -64,19 +65,20 @@ struct PrefillTraits {
   static constexpr int kPacked = kE4M3 ? 2 : 1;  // numbers of the cache in the place of an element
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr Variant kVariant = kVariant_;
-  static constexpr int kConsumers = 2;
+  static constexpr bool kThree = kVariant == Variant::ThreeConsumers;
+  static_assert(!kThree || (kHeadDim <= 128 && !kE4M3));
+  static constexpr int kConsumers = kThree ? 3 : 2;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kConsumerThreads = 128 * kConsumers;
   static constexpr int kBlockM = 64 * kConsumers;
-  static constexpr int kBlockN = kHeadDim <= 128 ? 128
-                                 : kE4M3         ? 48  // 224 registers are not enough for 64
-                                                 : 64;
-  static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 96 ? 3 : 2;
+  // What registers allow: with e4m3 224 are not enough for 64, with three consumers 160 not for more than 80.
+  static constexpr int kBlockN = kHeadDim > 128 ? (kE4M3 ? 48 : 64) : kHeadDim > 64 && kThree ? 80 : 128;
+  static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 96 || kThree ? 3 : 2;
   static constexpr int kPackedStages = 2;
   static constexpr int kLoadStages = kE4M3 ? kPackedStages : kStages;  // of the rings that TMA fills
   static constexpr int kTileSlots = 2;
-  static constexpr int kProducerRegisters = kE4M3 ? 56 : 40;
-  static constexpr int kConsumerRegisters = kE4M3 ? 224 : 232;
+  static constexpr int kProducerRegisters = kE4M3 ? 56 : kThree ? 32 : 40;
+  static constexpr int kConsumerRegisters = kE4M3 ? 224 : kThree ? 160 : 232;
   static constexpr int kQueryPairsAhead = kHeadDim <= 128 ? 4 : 2;
   /// Whether a tile at first trusts the maxima of its first block.
   static constexpr bool kTrusting = sm80::kTrusts<Cached>;

@@ -133,6 +133,11 @@ TEST_P(CudaPrefill, ChunksOfWholeTiles) {
     s.kv_lens = {length};
     expect_matches_reference(s);
   }
+  s.chunk = {384, 450};  // of tiles of 192 rows, too
+  for (const int32_t length : {192, 208, 576}) {
+    s.kv_lens = {length};
+    expect_matches_reference(s);
+  }
 }
 
 // Chunks that cut every tile: each segment ends inside a block.
