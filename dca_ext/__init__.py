@@ -15,7 +15,15 @@ from dca_ext.config import DCAConfig
 from dca_ext.version import __version__
 
 if TYPE_CHECKING:
-    from dca_ext.attention import DCALlamaAttention, DCAMistralAttention, DCAQwen2Attention, DCAQwen3Attention
+    from dca_ext.attention import (
+        DCALlamaAttention,
+        DCAMistralAttention,
+        DCAMixtralAttention,
+        DCAQwen2Attention,
+        DCAQwen2MoeAttention,
+        DCAQwen3Attention,
+        DCAQwen3MoeAttention,
+    )
     from dca_ext.functional import (
         dca_attention,
         dca_attention_varlen,
@@ -34,8 +42,11 @@ if TYPE_CHECKING:
 _LAZY = {
     "DCALlamaAttention": "attention",
     "DCAMistralAttention": "attention",
+    "DCAMixtralAttention": "attention",
     "DCAQwen2Attention": "attention",
+    "DCAQwen2MoeAttention": "attention",
     "DCAQwen3Attention": "attention",
+    "DCAQwen3MoeAttention": "attention",
     "build_info": "installation",
     "cmake_dir": "installation",
     "dca_attention": "functional",
@@ -55,8 +66,11 @@ __all__ = [
     "DCAConfig",
     "DCALlamaAttention",
     "DCAMistralAttention",
+    "DCAMixtralAttention",
     "DCAQwen2Attention",
+    "DCAQwen2MoeAttention",
     "DCAQwen3Attention",
+    "DCAQwen3MoeAttention",
     "__version__",
     "build_info",
     "cmake_dir",

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mistral.modeling_mistral import MistralAttention
+from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeAttention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
 from dca_ext import functional
 from dca_ext.cache import left_padding, per_sequence, slots_in_use
@@ -228,34 +231,53 @@ class DCAMistralAttention(DualChunkAttention, MistralAttention):
     """transformers' MistralAttention with Dual Chunk Attention; see `DualChunkAttention`."""
 
 
+class DCAMixtralAttention(DualChunkAttention, MixtralAttention):
+    """transformers' MixtralAttention with Dual Chunk Attention; see `DualChunkAttention`."""
+
+
 class DCAQwen2Attention(DualChunkAttention, Qwen2Attention):
     """transformers' Qwen2Attention (biased q, k, v) with Dual Chunk Attention; see `DualChunkAttention`."""
 
 
-class DCAQwen3Attention(DualChunkAttention, Qwen3Attention):
-    """transformers' Qwen3Attention (normalised q, k) with Dual Chunk Attention; see `DualChunkAttention`."""
+class DCAQwen2MoeAttention(DualChunkAttention, Qwen2MoeAttention):
+    """transformers' Qwen2MoeAttention (biased q, k, v) with Dual Chunk Attention; see `DualChunkAttention`."""
+
+
+class NormalizedDualChunkAttention(DualChunkAttention):
+    """What the families share that normalise q and k over head_dim; see `DualChunkAttention`."""
 
     q_norm: nn.Module
     k_norm: nn.Module
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As everywhere, with q and k normalised over head_dim; under autocast the norms give fp32 again."""
+        """As everywhere, with q and k normalised; under autocast the norms give fp32 again."""
         q, k, v = super().project(hidden_states)
         return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
+
+
+class DCAQwen3Attention(NormalizedDualChunkAttention, Qwen3Attention):
+    """transformers' Qwen3Attention (normalised q, k) with Dual Chunk Attention; see `DualChunkAttention`."""
+
+
+class DCAQwen3MoeAttention(NormalizedDualChunkAttention, Qwen3MoeAttention):
+    """transformers' Qwen3MoeAttention (normalised q, k) with Dual Chunk Attention; see `DualChunkAttention`."""
 
 
 #: transformers' attention modules and what takes their place.
 DCA_CLASSES: dict[type[nn.Module], type[DualChunkAttention]] = {
     LlamaAttention: DCALlamaAttention,
     MistralAttention: DCAMistralAttention,
+    MixtralAttention: DCAMixtralAttention,
     Qwen2Attention: DCAQwen2Attention,
+    Qwen2MoeAttention: DCAQwen2MoeAttention,
     Qwen3Attention: DCAQwen3Attention,
+    Qwen3MoeAttention: DCAQwen3MoeAttention,
 }
 
 
 def window_of(layer: nn.Module) -> int | None:
     """The sliding window of an attention module in tokens, or None."""
-    if isinstance(layer, MistralAttention):
+    if isinstance(layer, (MistralAttention, MixtralAttention)):
         return getattr(layer.config, "sliding_window", None)
     return cast("int | None", getattr(layer, "sliding_window", None))
 

@@ -55,7 +55,7 @@ def replace_attention(model: Model, dca_config: DCAConfig | None = None, *, rope
     On a model with DCA already, this changes the geometry.
 
     Args:
-        model: a module that contains Llama, Mistral, Qwen2 or Qwen3 attention.
+        model: a module that contains Llama, Mistral, Mixtral, Qwen2, Qwen3 or Qwen MoE attention.
         dca_config: the geometry; None means `default_dca_config` of the model's config.
         rope_length: the sequence length at which "dynamic" and "longrope" frequencies are frozen, by default
             max_position + 1.

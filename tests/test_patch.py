@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel, mon
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaPreTrainedModel
 
 import dca_ext
-from dca_ext.attention import DCA_CLASSES, DCALlamaAttention, DCAMistralAttention, DCAQwen2Attention, default_dca_config
+from dca_ext.attention import DCA_CLASSES, DCALlamaAttention, DCAQwen2Attention, DualChunkAttention, default_dca_config
 from dca_ext.config import DCAConfig
 from dca_ext.patch import PATCH_MAPPING, replace_attention, restore_attention
 
@@ -195,15 +195,16 @@ def test_with_rope_scaling_the_length_is_the_scaled_one():
     assert default_dca_config(config) == DCAConfig.from_pretraining_length(64)
 
 
-def test_qwens_dual_chunk_attention_config_is_read():
-    config = tiny_config("qwen2")
+@pytest.mark.parametrize("family", ["qwen2", "qwen3-moe"])  # Qwen2.5-1M; Qwen3-30B-A3B and -235B-A22B of 2507
+def test_qwens_dual_chunk_attention_config_is_read(family):
+    config = tiny_config(family)
     config.dual_chunk_attention_config = {
         "chunk_size": 16,
         "local_size": 4,
         "original_max_position_embeddings": 16,
     }
     assert default_dca_config(config) == DCAConfig(12, 16, "yarn", 16)
-    model = tiny_model("qwen2", dual_chunk_attention_config=config.dual_chunk_attention_config)
+    model = tiny_model(family, dual_chunk_attention_config=config.dual_chunk_attention_config)
     plain = copy.deepcopy(model)
     ids = tokens(1, 60)
     replace_attention(model)
@@ -309,11 +310,12 @@ def test_sliding_window_layers_are_left_alone_with_one_warning():
         assert_same(logits(model, ids), logits(slow, ids), tolerance(plain, ids))
 
 
-def test_a_model_with_nothing_but_sliding_windows_stays_as_it_is():
-    model = tiny_model("mistral", sliding_window=5)
-    with pytest.warns(UserWarning, match="2 of 2 layers of MistralForCausalLM"):
+@pytest.mark.parametrize("family", ["mistral", "mixtral", "qwen3-moe"])
+def test_a_model_with_nothing_but_sliding_windows_stays_as_it_is(family):
+    model = tiny_model(family, sliding_window=5, **({"use_sliding_window": True} if family == "qwen3-moe" else {}))
+    with pytest.warns(UserWarning, match=f"2 of 2 layers of {type(model).__name__}: .*window .of 5 tokens"):
         replace_attention(model, SMALL)
-    assert not any(isinstance(m, DCAMistralAttention) for m in model.modules())
+    assert not any(isinstance(m, DualChunkAttention) for m in model.modules())
     assert not hasattr(model.config, "dca_config")
 
 

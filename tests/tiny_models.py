@@ -17,23 +17,35 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from dca_ext import reference
 from dca_ext.cli.stream import cache_argument
 from dca_ext.config import DCAConfig
 
+#: All experts work for every token: a choice among them would turn rounding into other numbers.
+EXPERTS = {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "llama-bias": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 2, "num_experts_per_tok": 2}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen2-moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM, {**EXPERTS, "shared_expert_intermediate_size": 32}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
+    "qwen3-moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, EXPERTS),
 }
 
 #: What this version of transformers calls the cache.
