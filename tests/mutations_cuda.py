@@ -187,15 +187,15 @@ MUTATIONS = [
     Mutation(
         "e4m3: prefill tiles leave the scale of the values out",
         SM80 + "prefill_kernel.h",
-        "factor<Value>(args_.p.v_scale)",
+        "factor(args_.p.v_scale)",
         "1.0f",
         tests="*E4M3*",
     ),
     Mutation(
         "e4m3: small weights are too small for fp16",
         SM80 + "traits.h",
-        "cutlass::float_e4m3_t> ? 15 : 0;",
-        "cutlass::float_e4m3_t> ? 0 : 0;",
+        "std::is_same_v<Value, cutlass::half_t> ? 15 : 0;",
+        "std::is_same_v<Value, cutlass::half_t> ? 0 : 0;",
         tests="*E4M3*",
     ),
     Mutation(
@@ -334,9 +334,16 @@ MUTATIONS = [
         tests="*E4M3*",
     ),
     Mutation(
+        "Hopper e4m3 softmax: a tile that comes again trusts again",
+        SM90 + "widener.h",
+        "careful || look",
+        "look",
+        tests="*E4M3*",
+    ),
+    Mutation(
         "Hopper e4m3: the scale of the values is left out",
         SM90 + "consumer.h",
-        "factor<Value>(args_.p.v_scale, tile)",
+        "factor(args_.p.v_scale, tile)",
         "1.0f",
         tests="*E4M3*",
     ),

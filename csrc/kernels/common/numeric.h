@@ -47,6 +47,13 @@ using Vec16 = cute::array_aligned<Element, 16 / sizeof(Element), 16>;
 template <class Element>
 inline constexpr int kVec = 16 / static_cast<int>(sizeof(Element));
 
+/// Of a thread's `share` of units, how many it reads before it uses the first: the most up to `ahead` that divide it.
+constexpr int batch_of(int share, int ahead) {
+  int batch = share < ahead ? share : ahead;
+  while (share % batch != 0) --batch;
+  return batch;
+}
+
 template <class Element>
 __device__ __forceinline__ Vec16<Element> load16(const Element* p) {
   Vec16<Element> x;

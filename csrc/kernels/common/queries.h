@@ -89,13 +89,6 @@ struct Share {
   }
 };
 
-/// Pairs that a lane asks for before it uses the first: the most up to `ahead` that divide its share evenly.
-constexpr int batch_of(int share, int ahead) {
-  int batch = share < ahead ? share : ahead;
-  while (share % batch != 0) --batch;
-  return batch;
-}
-
 /// Rows whose halves rotate each other, all of kHeadDim columns: places are constants, and loads come in batches.
 template <int kHeadDim, int kRows, int kLanes, int kAhead, class Element, class RowOf, class Store>
 __device__ __forceinline__ void rotate_whole_rows(const QueryRows<Element>& queries, uint32_t lane, RowOf& row_of,

@@ -18,8 +18,9 @@ __device__ __forceinline__ void widen_unit(uint2 numbers, Element* unit) {
 }
 
 /// Widens the units that this thread itself copies by load_rows into `packed`, of PackedLayout (kRows, kHeadDim / 2),
-/// to `smem` of Layout (kRows, kHeadDim).
-template <class PackedLayout, class Layout, int kThreads, class Packed, class Element>
+/// to `smem` of Layout (kRows, kHeadDim). Up to kAhead units are read before the first is used, so that not each of
+/// them is waited for.
+template <class PackedLayout, class Layout, int kThreads, int kAhead, class Packed, class Element>
 __device__ __forceinline__ void widen_rows(const Packed* packed, Element* smem, int32_t thread) {
   using Units = ThreadUnits<PackedLayout, kThreads>;
   const Units units(thread);
@@ -29,14 +30,23 @@ __device__ __forceinline__ void widen_rows(const Packed* packed, Element* smem, 
   const Packed* const from = packed + PackedLayout{}(units.row, units.column);
   Element* const first = smem + Layout{}(units.row, 2 * units.column + (swapped ? 8 : 0));
   Element* const last = smem + Layout{}(units.row, 2 * units.column + (swapped ? 0 : 8));
+  // Whole atoms further on, units are permuted alike: addresses differ by constants.
+  constexpr int kAcross = Units::kHeadDim / Units::kColumns;
+  constexpr int kCount = ceil_div(Units::kRows, Units::kRowsAtOnce) * kAcross;
+  constexpr int kBatch = batch_of(kCount, kAhead);
+  const auto row = [](int i) { return i / kAcross * Units::kRowsAtOnce; };
+  const auto column = [](int i) { return i % kAcross * Units::kColumns; };
   CUTE_UNROLL
-  for (int further = 0; further < Units::kRows; further += Units::kRowsAtOnce) {
+  for (int done = 0; done < kCount; done += kBatch) {
+    uint4 numbers[kBatch];
     CUTE_UNROLL
-    for (int behind = 0; behind < Units::kHeadDim; behind += Units::kColumns) {
-      // Whole atoms further on, units are permuted alike: addresses differ by constants.
-      const uint4 numbers = *reinterpret_cast<const uint4*>(from + PackedLayout{}(further, behind));
-      const int32_t step = Layout{}(further, 2 * behind);
-      const uint2 low{numbers.x, numbers.y}, high{numbers.z, numbers.w};
+    for (int i = 0; i < kBatch; ++i) {
+      numbers[i] = *reinterpret_cast<const uint4*>(from + PackedLayout{}(row(done + i), column(done + i)));
+    }
+    CUTE_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      const int32_t step = Layout{}(row(done + i), 2 * column(done + i));
+      const uint2 low{numbers[i].x, numbers[i].y}, high{numbers[i].z, numbers[i].w};
       widen_unit(swapped ? high : low, first + step);
       widen_unit(swapped ? low : high, last + step);
     }

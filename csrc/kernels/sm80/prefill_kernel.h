@@ -24,7 +24,6 @@ template <class Traits, bool kPaged>
 class PrefillTile {
   using Element = typename Traits::Element;
   using Cached = typename Traits::Cached;
-  using Value = typename Traits::Value;
   using MmaQk = typename Traits::MmaQk;
   using MmaPv = typename Traits::MmaPv;
   static constexpr int kHeadDim = Traits::kHeadDim;
@@ -34,9 +33,9 @@ class PrefillTile {
   static constexpr int kRowsPerWarp = kBlockM / Traits::kWarps;
   static constexpr int kThreadRows = kRowsPerWarp / 8;
   using Softmax = OnlineSoftmax<kThreadRows, Traits::kHeadroom>;
-  static constexpr bool kTrusting = kTrusts<Cached>;
-  // What a lane's weights of a row in a block may sum up to, so that each is finite in Value. fp16 reaches to 2^16.
-  static constexpr float kMostSum = std::is_same_v<Value, cutlass::half_t> ? 0x1p15f : Softmax::kMostSum;
+  static constexpr bool kTrusting = Traits::kTrusting;
+  // What a lane's weights of a row in a block may sum up to, so that each is finite in Element. fp16 reaches to 2^16.
+  static constexpr float kMostSum = std::is_same_v<Element, cutlass::half_t> ? 0x1p15f : Softmax::kMostSum;
 
  public:
   __device__ PrefillTile(const AttentionArgs& args, const WorkTile& tile, Element* smem)
@@ -46,7 +45,7 @@ class PrefillTile {
         smem_k_(smem + kBlockM * kHeadDim),
         smem_v_(smem_k_ + kStages * Traits::kStageElements),
         thread_(static_cast<int32_t>(threadIdx.x)),
-        scale_(LogitScale::of(tile.scale * factor<Element>(args.p.k_scale))) {}
+        scale_(LogitScale::of(tile.scale * factor(args.p.k_scale))) {}
 
   __device__ void run() {
     KeyBlockRuns<> walk(tile_.ranges, kBlockN);
@@ -99,17 +98,13 @@ class PrefillTile {
     return make_tensor(make_smem_ptr(Traits::kE4M3 ? widened_k() : ring_k(stage)), typename Traits::SmemKv{});
   }
   __device__ auto smem_vt(int32_t stage) const {
-    auto* const values = reinterpret_cast<Value*>(ring_v(stage));
-    return make_tensor(make_smem_ptr(Traits::kE4M3 ? widened_v() : values), typename Traits::SmemVt{});
+    return make_tensor(make_smem_ptr(Traits::kE4M3 ? widened_v() : ring_v(stage)), typename Traits::SmemVt{});
   }
   __device__ Element* widened_k() const { return smem_v_ + kStages * Traits::kStageElements; }
-  __device__ Value* widened_v() const { return reinterpret_cast<Value*>(widened_k() + Traits::kWidenedElements); }
+  __device__ Element* widened_v() const { return widened_k() + Traits::kWidenedElements; }
 
-  // On products with K, which is read as T, or with V.
-  template <class T>
-  __device__ float factor(const CacheScale& scale) const {
-    return cache_factor<T, Cached>(scale, tile_.kv_head);
-  }
+  // On products with K or with V.
+  __device__ float factor(const CacheScale& scale) const { return cache_factor<Element, Cached>(scale, tile_.kv_head); }
 
   // (rows, columns) of this thread's logits -> (row, column) of the tile.
   __device__ auto logit_coordinates() const {
@@ -148,9 +143,9 @@ class PrefillTile {
     }
   }
 
-  template <class Widened>
-  __device__ __forceinline__ void widen(const Element* stage, Widened* widened) const {
-    widen_rows<typename Traits::SmemRing, typename Traits::SmemKv, Traits::kThreads>(stage, widened, thread_);
+  __device__ __forceinline__ void widen(const Element* stage, Element* widened) const {
+    widen_rows<typename Traits::SmemRing, typename Traits::SmemKv, Traits::kThreads, Traits::kPackedUnitsAhead>(
+        stage, widened, thread_);
   }
 
   // The warp's own rows: the tiled product gives warp w the rows 16 w ... 16 w + 15 of every 16 * kWarps.
@@ -171,7 +166,7 @@ class PrefillTile {
     const auto all = make_identity_tensor(Shape<Int<kBlockM>, Int<kHeadDim>>{});
     const auto mine = MmaPv{}.get_slice(thread_).partition_C(all);
     const auto coordinates = make_tensor(mine.data(), as_rows_and_columns(mine.layout()));
-    finish_rows(rows, softmax, o, coordinates, scale_.magnitude_log2, thread_ % 4 == 0, factor<Value>(args_.p.v_scale));
+    finish_rows(rows, softmax, o, coordinates, scale_.magnitude_log2, thread_ % 4 == 0, factor(args_.p.v_scale));
     if (args_.plan.num_splits == 1) store_rounded(acc_o, rows);
   }
 

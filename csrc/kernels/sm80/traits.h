@@ -15,18 +15,11 @@ using namespace cute;  // NOLINT: the vocabulary of every line below
 /// What every GPU from 8.0 on can give to one CTA (8.6 and 8.9: 99 KB of 100).
 inline constexpr int kMaxSharedBytes = 99 * 1024;
 
-/// What values are multiplied as, and weights rounded to. fp16 holds every number of e4m3, and on GPUs that have
-/// instructions for e4m3 it is what they give.
-template <class Element, class Cached>
-using ValueOf = std::conditional_t<std::is_same_v<Cached, cutlass::float_e4m3_t>, cutlass::half_t, Element>;
-
-/// Weights of at most 2^15 use fp16's exponents as far as 2^-39 of the largest; it has 5 bits of them.
-template <class Cached>
-inline constexpr int kHeadroomOf = std::is_same_v<Cached, cutlass::float_e4m3_t> ? 15 : 0;
-
-/// Whether prefill trusts the maxima that it has found (docs/kernels.md). Weights with headroom have no room upwards.
-template <class Cached>
-inline constexpr bool kTrusts = kHeadroomOf<Cached> == 0;
+/// Powers of two by which weights are rounded larger than they are. Those of at most 2^15 use fp16's exponents as far
+/// as 2^-39 of the largest; it has 5 bits of them.
+template <class Value, class Cached>
+inline constexpr int kHeadroomOf =
+    std::is_same_v<Cached, cutlass::float_e4m3_t> && std::is_same_v<Value, cutlass::half_t> ? 15 : 0;
 
 template <class Element>
 using MmaAtom = std::conditional_t<std::is_same_v<Element, cutlass::bfloat16_t>,
@@ -60,13 +53,14 @@ struct SmemRows {
 /// 128.
 ///
 /// Keys and values of a cache of e4m3 come into rings half the size, two numbers in the place of an element, and are
-/// widened into one more block of each, once for all warps: keys to Element, values to Value.
+/// widened into one more block of each, once for all warps.
 template <class Element_, int kHeadDim_, class Cached_ = Element_>
 struct PrefillTraits {
   using Element = Element_;
   using Cached = Cached_;
-  using Value = ValueOf<Element, Cached>;
-  static constexpr int kHeadroom = kHeadroomOf<Cached>;
+  static constexpr int kHeadroom = kHeadroomOf<Element, Cached>;
+  /// Whether maxima that have been found are trusted (docs/kernels.md). Weights with headroom have no room upwards.
+  static constexpr bool kTrusting = kHeadroom == 0;
   static constexpr bool kE4M3 = std::is_same_v<Cached, cutlass::float_e4m3_t>;
   static constexpr int kPacked = kE4M3 ? 2 : 1;  // numbers of the cache in the place of an element of a ring
   static constexpr int kHeadDim = kHeadDim_;
@@ -76,6 +70,7 @@ struct PrefillTraits {
   static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;  // registers: S beside O
   static constexpr int kStages = 2;                         // this block and the next
   static constexpr int kMinCtas = kHeadDim <= 128 ? 2 : 1;
+  static constexpr int kPackedUnitsAhead = 2;
   static constexpr int kQueryPairsAhead = kHeadDim <= 64 ? 4 : kHeadDim <= 96 ? 3 : 2;
 
   using Rows = SmemRows<kHeadDim>;
@@ -92,7 +87,7 @@ struct PrefillTraits {
   template <class T>
   using MmaOf = TiledMMA<MmaAtom<T>, Layout<Shape<Int<kWarps>, _1, _1>>, Tile<Int<16 * kWarps>, _16, _16>>;
   using MmaQk = MmaOf<Element>;
-  using MmaPv = MmaOf<Value>;
+  using MmaPv = MmaOf<Element>;
 };
 
 constexpr int decode_stages(int head_dim) { return head_dim <= 64 ? 4 : head_dim <= 96 ? 3 : 2; }
@@ -102,14 +97,15 @@ constexpr int decode_stages(int head_dim) { return head_dim <= 64 ? 4 : head_dim
 /// times what latency and bandwidth ask for.
 ///
 /// Rows of a cache of e4m3 lie in shared memory as they are, two numbers in the place of an element, and become
-/// elements on their way to the products (e4m3_products.h).
+/// elements on their way to the products (e4m3_products.h): keys Element, values fp16, which holds every number of
+/// e4m3, takes the fewest instructions, and on GPUs that have instructions for e4m3 is what they give.
 template <class Element_, int kHeadDim_, class Cached_ = Element_>
 struct DecodeTraits {
   using Element = Element_;
   using Cached = Cached_;
-  using Value = ValueOf<Element, Cached>;
-  static constexpr int kHeadroom = kHeadroomOf<Cached>;
   static constexpr bool kE4M3 = std::is_same_v<Cached, cutlass::float_e4m3_t>;
+  using Value = std::conditional_t<kE4M3, cutlass::half_t, Element>;  // weights are rounded to it, too
+  static constexpr int kHeadroom = kHeadroomOf<Value, Cached>;
   static constexpr int kPacked = kE4M3 ? 2 : 1;  // numbers of the cache in the place of an element
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kWarps = kHeadDim <= 128 ? 4 : 2;

@@ -11,7 +11,6 @@ namespace dca::cuda::sm90 {
 template <class Traits>
 class Consumer {
   using Element = typename Traits::Element;
-  using Value = typename Traits::Value;
   using Shared = typename Traits::Shared;
   using MmaQk = typename Traits::MmaQk;
   using MmaPv = typename Traits::MmaPv;
@@ -52,7 +51,7 @@ class Consumer {
   struct Fragments {
     decltype(partition_fragment_C(MmaPv{}, Shape<Int<kBlockM>, Int<kHeadDim>>{})) acc_o;
     decltype(partition_fragment_C(MmaQk{}, Shape<Int<kBlockM>, Int<kBlockN>>{})) acc_s;
-    decltype(make_tensor<Value>(acc_s.layout())) weights;  ///< of the block before, rounded
+    decltype(make_tensor<Element>(acc_s.layout())) weights;  ///< of the block before, rounded
 
     __device__ auto o() { return make_tensor(acc_o.data(), as_rows_and_columns(acc_o.layout())); }
     __device__ auto s() { return make_tensor(acc_s.data(), as_rows_and_columns(acc_s.layout())); }
@@ -171,14 +170,13 @@ class Consumer {
 
   __device__ __forceinline__ int32_t warpgroup() const { return static_cast<uint32_t>(thread_) / 128; }
 
-  // On products with K, which is read as T, or with V.
-  template <class T>
+  // On products with K or with V.
   __device__ __forceinline__ float factor(const CacheScale& scale, const WorkTile& tile) const {
-    return cache_factor<T, typename Traits::Cached>(scale, tile.kv_head);
+    return cache_factor<Element, typename Traits::Cached>(scale, tile.kv_head);
   }
 
   __device__ __forceinline__ LogitScale scale_of(const WorkTile& tile) const {
-    return LogitScale::of(tile.scale * factor<Element>(args_.p.k_scale, tile));
+    return LogitScale::of(tile.scale * factor(args_.p.k_scale, tile));
   }
 
   // (rows, columns) of this thread's accumulators -> (row, column) of the tile.
@@ -230,14 +228,14 @@ class Consumer {
     wait_for_values();
     const int32_t first_key = read_by_one(shared_.first_keys[at_.before().stage()]);
     const int32_t kv_len = tile.seqlen.kv_len;
-    Value* const stage = shared_.v + at_.before().stage() * Traits::kStageElements;
+    Element* const stage = shared_.v + at_.before().stage() * Traits::kStageElements;
     auto sV = make_tensor(make_smem_ptr(stage), typename Traits::SmemKvRows{});
-    constexpr int kUnits = kHeadDim / kVec<Value>;
-    Vec16<Value> zero;
+    constexpr int kUnits = kHeadDim / kVec<Element>;
+    Vec16<Element> zero;
     clear(zero);
     for (int32_t i = made_anew(thread_); i < kBlockN * kUnits; i += Traits::kConsumerThreads) {
       const int32_t key = first_key + i / kUnits;
-      if (key < 0 || key >= kv_len) store16(&sV(i / kUnits, i % kUnits * kVec<Value>), zero);
+      if (key < 0 || key >= kv_len) store16(&sV(i / kUnits, i % kUnits * kVec<Element>), zero);
     }
     cutlass::arch::fence_view_async_shared();
     Barriers::all();
@@ -276,7 +274,7 @@ class Consumer {
                         float scale_log2) {
     const WorkTile& tile = slot.tile;
     const OutputRows<Element> rows{args_, tile};
-    finish_rows(rows, softmax, o, at, scale_log2, thread_ % 4 == 0, factor<Value>(args_.p.v_scale, tile));
+    finish_rows(rows, softmax, o, at, scale_log2, thread_ % 4 == 0, factor(args_.p.v_scale, tile));
     if (args_.plan.num_splits > 1) return;
     Barriers::warpgroup(warpgroup());  // the last product with these rows of Q is done for all
     stage(acc_o, o, at);

@@ -54,13 +54,12 @@ struct RingBarriers {
 /// Registers per thread: S of 64 x kBlockN is kBlockN / 2, P half of that, O kHeadDim / 2.
 ///
 /// A cache of e4m3 comes into rings of its own as it is, and all warps of the producer widen it into the rings of the
-/// products: keys to Element, values to Value.
+/// products.
 template <class Element_, int kHeadDim_, class Cached_ = Element_, Variant kVariant_ = Variant::Default>
 struct PrefillTraits {
   using Element = Element_;
   using Cached = Cached_;
-  using Value = sm80::ValueOf<Element, Cached>;
-  static constexpr int kHeadroom = sm80::kHeadroomOf<Cached>;
+  static constexpr int kHeadroom = sm80::kHeadroomOf<Element, Cached>;
   static constexpr bool kE4M3 = std::is_same_v<Cached, cutlass::float_e4m3_t>;
   static constexpr int kPacked = kE4M3 ? 2 : 1;  // numbers of the cache in the place of an element
   static constexpr int kHeadDim = kHeadDim_;
@@ -79,15 +78,16 @@ struct PrefillTraits {
   static constexpr int kTileSlots = 2;
   static constexpr int kProducerRegisters = kE4M3 ? 56 : kThree ? 32 : 40;
   static constexpr int kConsumerRegisters = kE4M3 ? 224 : kThree ? 160 : 232;
+  static constexpr int kPackedUnitsAhead = 4;
   static constexpr int kQueryPairsAhead = kHeadDim <= 128 ? 4 : 2;
   /// Whether a tile at first trusts the maxima of its first block.
-  static constexpr bool kTrusting = sm80::kTrusts<Cached>;
+  static constexpr bool kTrusting = kHeadroom == 0;
   /// Turns pay where a block's products take as long as its softmax. At head_dim 256 they take four times that.
   static constexpr bool kOrdered = (kHeadDim <= 128) != (kVariant == Variant::OtherTurns);
   static constexpr bool kPersistent = kVariant != Variant::PerTile;
   /// fp16 has room for little trust: maxima are also looked for where a segment begins, which is where attention
   /// sinks, the first tokens of a text, have theirs.
-  static constexpr bool kLooksAtSegments = std::is_same_v<Value, cutlass::half_t>;
+  static constexpr bool kLooksAtSegments = std::is_same_v<Element, cutlass::half_t>;
 
   // 8 rows of 64 elements (32 where 64 does not divide the row) with permuted 16-byte units: what TMA writes and wgmma
   // reads without bank conflicts. Rows first, so that a column of atoms is what one TMA brings.
@@ -117,7 +117,7 @@ struct PrefillTraits {
       GMMA::ss_op_selector<Element, Element, float, Shape<Int<kBlockM>, Int<kBlockN>, Int<kHeadDim>>>(),
       Layout<Shape<Int<kConsumers>, _1, _1>>{}));
   using MmaPv = decltype(make_tiled_mma(
-      GMMA::rs_op_selector<Value, Value, float, Shape<Int<kBlockM>, Int<kHeadDim>, Int<kBlockN>>, GMMA::Major::K,
+      GMMA::rs_op_selector<Element, Element, float, Shape<Int<kBlockM>, Int<kHeadDim>, Int<kBlockN>>, GMMA::Major::K,
                            GMMA::Major::MN>(),
       Layout<Shape<Int<kConsumers>, _1, _1>>{}));
 
@@ -132,7 +132,7 @@ struct PrefillTraits {
   struct alignas(1024) Shared {
     alignas(1024) Element q[cosize_v<SmemQ>];
     alignas(1024) Element k[cosize_v<SmemKvRing>];
-    alignas(1024) Value v[cosize_v<SmemKvRing>];
+    alignas(1024) Element v[cosize_v<SmemKvRing>];
     std::conditional_t<kE4M3, PackedRings, Nothing> packed;
     RingBarriers<kStages> products;                                            // of k and v, which the products read
     BlockNote notes[kStages];                                                  // with the keys

@@ -24,7 +24,7 @@ class Widener {
       Barrier::wait(&shared_.tile_full[at.stage()], at.phase());
       const TileSlot& slot = shared_.tiles[at.stage()];
       if (slot.last) break;
-      widen_keys(slot.tile);
+      widen_keys(slot.tile, slot.careful);
       at.count = slot.count;  // as it was, but not kept in a register meanwhile
       EmptyBarrier::arrive(&shared_.tile_empty[at.stage()]);
     }
@@ -33,22 +33,24 @@ class Widener {
  private:
   __device__ __forceinline__ bool is_producer() const { return thread_ < 32; }
 
-  // The loads are one block ahead.
-  __device__ void widen_keys(const WorkTile& tile) {
+  // The loads are one block ahead. `careful`: maxima are looked for in all blocks.
+  __device__ void widen_keys(const WorkTile& tile, bool careful) {
     static_assert(Traits::kPackedStages == 2);
     RingBarriers<Traits::kPackedStages>& from = shared_.widening;
     RingBarriers<Traits::kStages>& to = shared_.products;
     KeyBlockIterator<true> ahead(tile.ranges, Traits::kBlockN);
     KeyBlock block = ahead.next();
     request(tile, block);
+    bool look = true;
     for (; block.count > 0; ++count_) {
       const KeyBlock next = ahead.next();
       request(tile, next);
       const RingPosition<Traits::kStages> place{count_};
       widen(shared_.packed.k, from.k_full, from.k_empty, shared_.k, to.k_full, to.k_empty,
-            [&] { shared_.notes[place.stage()] = BlockNote::of(tile, block, next, Traits::kBlockN, true); });
+            [&] { shared_.notes[place.stage()] = BlockNote::of(tile, block, next, Traits::kBlockN, careful || look); });
       widen(shared_.packed.v, from.v_full, from.v_empty, shared_.v, to.v_full, to.v_empty,
             [&] { shared_.first_keys[place.stage()] = first_key_of(tile, block, Traits::kBlockN); });
+      look = Traits::kLooksAtSegments && next.segment != block.segment;
       block = next;
     }
   }
@@ -68,7 +70,7 @@ class Widener {
     EmptyBarrier::wait(&wide_empty[to.stage()], to.phase_before());
     if (thread_ == 0) say();
     const auto* numbers = reinterpret_cast<const uint16_t*>(packed + from.stage() * Traits::kStageElements);
-    sm80::widen_rows<typename Traits::SmemPacked, typename Traits::SmemKvRows, 128>(
+    sm80::widen_rows<typename Traits::SmemPacked, typename Traits::SmemKvRows, 128, Traits::kPackedUnitsAhead>(
         numbers, wide + to.stage() * Traits::kStageElements, made_anew(thread_));
     cutlass::arch::fence_view_async_shared();  // each writer, before wgmma reads
     release(packed_empty[from.stage()]);

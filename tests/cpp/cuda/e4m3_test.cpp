@@ -100,6 +100,13 @@ TEST_P(CudaE4M3, PagesOfManySizes) {
   }
 }
 
+TEST_P(CudaE4M3, TilesMayBeComputedAgain) {
+  ProblemShape s = cached(1, 1);
+  s.q_lens.clear();
+  expect_tiles_may_be_computed_again(s, 2, 300);
+  if (s.head_dim == 64) expect_tiles_may_be_computed_again(s, 140, 260);  // one after the other in a CTA
+}
+
 TEST_P(CudaE4M3, NaNOfOneSequenceStaysThere) { expect_nan_stays_in_its_sequence(cached(1, 1)); }
 
 TEST_P(CudaE4M3, PrefillAndDecodeMixedInOneBatch) {
