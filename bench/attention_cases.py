@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,6 +118,31 @@ def ours(x: Inputs) -> Contender:
         OURS,
         lambda: dca_attention_with_kvcache(x.q, x.k, x.v, x.cos, x.sin, x.config, cache_seqlens=lengths),
     )
+
+
+@contextlib.contextmanager
+def kernels_named(name: str) -> Iterator[None]:
+    """Calls of this library run these kernels: "sm80", or a variant such as "sm90:three_consumers"."""
+    before = os.environ.get("DCA_CUDA_KERNELS")
+    os.environ["DCA_CUDA_KERNELS"] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["DCA_CUDA_KERNELS"]
+        else:
+            os.environ["DCA_CUDA_KERNELS"] = before
+
+
+def ours_by(x: Inputs, kernels: str) -> Contender:
+    """ours() by the kernels of another name than those that the device would choose."""
+    call = ours(x).call
+
+    def call_by_name() -> Tensor:
+        with kernels_named(kernels):
+            return call()
+
+    return Contender(f"{OURS} {kernels}", call_by_name)
 
 
 def ours_paged(x: Inputs, page_size: int) -> Contender:

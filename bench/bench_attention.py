@@ -40,6 +40,7 @@ from attention_cases import (
     Rivals,
     make_inputs,
     ours,
+    ours_by,
     ours_e4m3,
     ours_paged,
     rotation_pass,
@@ -174,6 +175,8 @@ class Checks:
 def everyone(x: Inputs, rivals: Rivals, args: argparse.Namespace, *, head_by_head: bool) -> list[Contender]:
     """Ours first."""
     own = [ours(x)]
+    # Variants are kernels of prefill.
+    own += [ours_by(x, name) for name in args.kernels if x.case.kind == "prefill" or ":" not in name]
     if x.case.kind == "decode":
         if args.page_size and x.case.seqlen % args.page_size == 0:
             own.append(ours_paged(x, args.page_size))
@@ -328,6 +331,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--decode-batches", type=int, nargs="+")
     parser.add_argument("--decode-lengths", type=int, nargs="+", help="keys of each sequence")
     parser.add_argument("--page-size", type=int, default=64, help="of the paged decode; 0: none")
+    parser.add_argument(
+        "--kernels",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="further contenders: dca_ext by kernels that the device would not choose, such as sm80, or variants of a "
+        "build with DCA_CUDA_VARIANTS=ON, such as sm90:three_consumers",
+    )
     parser.add_argument("--no-e4m3", action="store_true", help="no decode over caches of e4m3")
     parser.add_argument(
         "--per-head-up-to", type=int, default=8192, help="tokens up to which the per-head form is timed"

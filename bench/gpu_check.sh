@@ -319,7 +319,9 @@ LINES
 }
 
 step_bench_attention() {
-  cd "$out" && PYTHONUNBUFFERED=1 PYTHONPATH=$site "$python" "$root/bench/bench_attention.py" --quick --out "$out"
+  local options=(--quick --out "$out")
+  if [ -n "$variants" ]; then options+=(--kernels sm90:three_consumers sm90:other_turns); fi
+  cd "$out" && PYTHONUNBUFFERED=1 PYTHONPATH=$site "$python" "$root/bench/bench_attention.py" "${options[@]}"
 }
 
 # --- Running them ---

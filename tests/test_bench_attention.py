@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -246,6 +247,27 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert said.rstrip().endswith(attention_report.tables(results["rows"]).splitlines()[-1])
     assert {path.suffix for path in tmp_path.iterdir()} >= {".json", ".txt"}
     assert not list(tmp_path.glob("*.tmp*"))
+
+
+@pytest.mark.usefixtures("_cpu_for_a_device")
+def test_other_kernels_take_part_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str | None] = []
+    attend = attention_cases.dca_attention_with_kvcache
+
+    def noted(*args: object, **kwargs: object) -> object:
+        names.append(os.environ.get("DCA_CUDA_KERNELS"))
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(attention_cases, "dca_attention_with_kvcache", noted)
+    monkeypatch.delenv("DCA_CUDA_KERNELS", raising=False)
+    assert run(monkeypatch, tmp_path, *SMALL, "--kernels", "sm80", "sm90:three_consumers") == 0
+    rows = json.loads((tmp_path / "attention.json").read_text())["rows"]
+    of_kind = {kind: {row["contender"] for row in rows if row["kind"] == kind} for kind in ("prefill", "decode")}
+    assert {"dca_ext", "dca_ext sm80", "dca_ext sm90:three_consumers"} <= of_kind["prefill"]
+    assert "dca_ext sm80" in of_kind["decode"]
+    assert "dca_ext sm90:three_consumers" not in of_kind["decode"], "variants are kernels of prefill"
+    assert set(names) == {None, "sm80", "sm90:three_consumers"}
+    assert "DCA_CUDA_KERNELS" not in os.environ
 
 
 @pytest.mark.usefixtures("_cpu_for_a_device")
