@@ -59,7 +59,7 @@ class Producer {
   __device__ bool next_tile() {
     slot_.advance();
     for (int32_t index = next_index(); index >= 0; index = next_index()) {
-      WorkTile& tile = slot().tile;
+      WorkTile& tile = current().tile;
       __syncwarp();  // all lanes have seen that the tile before was empty, if it was
       if (lane_ == 0) tile.assign(args_.attention, index);
       __syncwarp();
@@ -73,7 +73,7 @@ class Producer {
   }
 
   /// The one that next_tile() has found.
-  __device__ const WorkTile& tile() const { return slot().tile; }
+  __device__ const WorkTile& tile() const { return current().tile; }
 
   /// Asks for the keys and values of a block of that tile, as soon as there is room for them, and says what they are
   /// to those who wait for them. Of packed rings the widener says it.
@@ -117,7 +117,7 @@ class Producer {
   // `index`: of the tile in the slot; -1: there is none any more.
   __device__ __forceinline__ void publish(int32_t index) {
     if (lane_ == 0) {
-      TileSlot& slot = this->slot();
+      TileSlot& slot = current();
       if (index >= 0) {
         slot.before = BlockFlags::in_front_of(KeyBlockIterator<true>(slot.tile.ranges, Traits::kBlockN).next());
       }
@@ -129,8 +129,8 @@ class Producer {
     }
   }
 
-  // Of the tile that next_tile() has found.
-  __device__ TileSlot& slot() const { return shared_.tiles[made_anew(slot_.stage())]; }
+  // The slot of the tile that next_tile() has found.
+  __device__ TileSlot& current() const { return shared_.tiles[made_anew(slot_.stage())]; }
 
   // The rings that TMA fills, and their barriers: those of the products, or those that are widened into them.
   __device__ auto& rings() const {
