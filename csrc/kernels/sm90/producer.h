@@ -102,7 +102,7 @@ class Producer {
 
   // The tile that was last in a slot, when it is done, if it failed.
   __device__ int32_t failed_in(RingPosition<Traits::kTileSlots> at) {
-    at.count = made_anew(at.count);  // places and phases take registers, which the producer has few of
+    at.count = made_anew(at.count);  // what follows from it would take registers, of which there are few
     EmptyBarrier::wait(&shared_.tile_empty[at.stage()], at.phase_before());
     if constexpr (!Traits::kTrusting) return -1;
     TileSlot& slot = shared_.tiles[at.stage()];
