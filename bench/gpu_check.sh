@@ -279,15 +279,15 @@ step_dca_bench_sm80() {
 
 # What a GPU has to choose between, tested, and one line of JSON for each; docs/kernels.md names them.
 step_variants() {
-  local failed=0 kernels shape
-  for kernels in sm90:three_consumers sm90:other_turns sm90:per_tile; do
+  local failed=0 kernels shape names=(sm90:three_consumers sm90:other_turns sm90:per_tile)
+  for kernels in "${names[@]}"; do
     [ -x "$tree/tests/cpp/cuda/dca_cuda_tests" ] || break
     echo "$kernels: tests"
     DCA_CUDA_KERNELS=$kernels test_shards 'Sm90/CudaPrefill*bf16_dim64:Sm90/CudaPrefill*bf16_dim128' || failed=1
   done
   rm -f "$out/variants.jsonl"
   while read -r shape; do
-    for kernels in sm90 sm90:three_consumers sm90:other_turns sm90:per_tile sm80; do
+    for kernels in sm90 "${names[@]}" sm80; do
       if [[ $kernels = *:* && $shape = decode* ]]; then continue; fi
       echo "$kernels $shape"
       # shellcheck disable=SC2086  # words

@@ -64,20 +64,20 @@ struct PrefillTraits {
   static constexpr int kPacked = kE4M3 ? 2 : 1;  // numbers of the cache in the place of an element
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr Variant kVariant = kVariant_;
-  static constexpr bool kThree = kVariant == Variant::ThreeConsumers;
-  static_assert(!kThree || (kHeadDim <= 128 && !kE4M3));
-  static constexpr int kConsumers = kThree ? 3 : 2;
+  static constexpr bool kThreeConsumers = kVariant == Variant::ThreeConsumers;
+  static_assert(!kThreeConsumers || (kHeadDim <= 128 && !kE4M3));
+  static constexpr int kConsumers = kThreeConsumers ? 3 : 2;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kConsumerThreads = 128 * kConsumers;
   static constexpr int kBlockM = 64 * kConsumers;
   // What registers allow: with e4m3 224 are not enough for 64, with three consumers 160 not for more than 80.
-  static constexpr int kBlockN = kHeadDim > 128 ? (kE4M3 ? 48 : 64) : kHeadDim > 64 && kThree ? 80 : 128;
-  static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 96 || kThree ? 3 : 2;
+  static constexpr int kBlockN = kHeadDim > 128 ? (kE4M3 ? 48 : 64) : kHeadDim > 64 && kThreeConsumers ? 80 : 128;
+  static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 96 || kThreeConsumers ? 3 : 2;
   static constexpr int kPackedStages = 2;
   static constexpr int kLoadStages = kE4M3 ? kPackedStages : kStages;  // of the rings that TMA fills
   static constexpr int kTileSlots = 2;
-  static constexpr int kProducerRegisters = kE4M3 ? 56 : kThree ? 32 : 40;
-  static constexpr int kConsumerRegisters = kE4M3 ? 224 : kThree ? 160 : 232;
+  static constexpr int kProducerRegisters = kE4M3 ? 56 : kThreeConsumers ? 32 : 40;
+  static constexpr int kConsumerRegisters = kE4M3 ? 224 : kThreeConsumers ? 160 : 232;
   static constexpr int kPackedUnitsAhead = 4;
   static constexpr int kQueryPairsAhead = kHeadDim <= 128 ? 4 : 2;
   /// Whether a tile at first trusts the maxima of its first block.
