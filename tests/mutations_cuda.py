@@ -158,9 +158,16 @@ MUTATIONS = [
     ),
     Mutation(
         "e4m3: Q keeps the order of its columns",
-        SM80 + "decode_tile.h",
-        "std::conditional_t<Traits::kE4M3, EvenColumnsFirst, ColumnsInPlace>{}",
-        "ColumnsInPlace{}",
+        SM80 + "e4m3_products.h",
+        "const int32_t first = column / 16 * 16 + column % 16 / 2;",
+        "const int32_t first = column / 16 * 16 + column % 8 / 2;",
+        tests="*E4M3*",
+    ),
+    Mutation(
+        "e4m3: Q of bf16 keeps its exponents",
+        SM80 + "e4m3_products.h",
+        "__uint_as_float(__float_as_uint(scale.magnitude_log2 / kRead) & 0x7f800000u)",
+        "1.0f",
         tests="*E4M3*",
     ),
     Mutation(
@@ -203,6 +210,13 @@ MUTATIONS = [
         COMMON + "e4m3.h",
         "return with_nan(multiply(small, 0x7b807b80u));",
         "return multiply(small, 0x7b807b80u);",
+        tests="*E4M3*",
+    ),
+    Mutation(
+        "e4m3: NaN is read as 480, as fp16",
+        COMMON + "e4m3.h",
+        '"r"(0x78807880u)',
+        '"r"(0x3c003c00u)',
         tests="*E4M3*",
     ),
     Mutation(

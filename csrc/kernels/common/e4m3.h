@@ -63,6 +63,15 @@ __device__ __forceinline__ uint2 read_e4m3_even_odd(uint32_t four) {
   return read_e4m3<Element>(__byte_perm(four, 0, 0x3120));
 }
 
+/// Elements of four numbers two by two, in the order that takes the fewest instructions.
+template <class Element>
+__device__ __forceinline__ uint2 read_e4m3_any_order(uint32_t four) {
+  return read_e4m3<Element>(four);
+}
+
+/// Four elements of 16 bits, two in a register, in the order of read_e4m3_any_order.
+__device__ __forceinline__ uint2 ordered_as_read(uint32_t first, uint32_t last) { return {first, last}; }
+
 #else
 
 /// How e4m3 becomes Element: numbers 1 and 3 of a register. The bits move to their places in the wider format, whose
@@ -117,9 +126,18 @@ __device__ __forceinline__ uint2 read_e4m3_even_odd(uint32_t four) {
 }
 
 template <class Element>
+__device__ __forceinline__ uint2 read_e4m3_any_order(uint32_t four) {
+  return read_e4m3_even_odd<Element>(four);
+}
+
+__device__ __forceinline__ uint2 ordered_as_read(uint32_t first, uint32_t last) {
+  return {__byte_perm(first, last, 0x5410), __byte_perm(first, last, 0x7632)};
+}
+
+template <class Element>
 __device__ __forceinline__ uint2 read_e4m3(uint32_t four) {
   const uint2 even_odd = read_e4m3_even_odd<Element>(four);
-  return {__byte_perm(even_odd.x, even_odd.y, 0x5410), __byte_perm(even_odd.x, even_odd.y, 0x7632)};
+  return ordered_as_read(even_odd.x, even_odd.y);
 }
 
 #endif

@@ -135,10 +135,9 @@ __device__ __forceinline__ void rotate_any_rows(const QueryRows<Element>& querie
 /// memory, by kLanes lanes: thread % kLanes is the lane. They are read anew from global memory: an unrotated copy
 /// beside them would cost as much shared memory as a stage of keys. kAhead: pairs of units that a lane asks for before
 /// it uses the first, as many as there are registers for beside what the kernel holds.
-template <int kRows, int kLanes, int kAhead, class Smem, class RowOf, class Place = ColumnsInPlace>
+template <class Element, int kRows, int kLanes, int kAhead, class Smem, class RowOf, class Place = ColumnsInPlace>
 __device__ __forceinline__ void load_queries(const AttentionArgs& args, const WorkTile& tile, Segment segment,
                                              float sign, Smem&& sQ, RowOf row_of, int32_t thread, Place place = {}) {
-  using Element = typename std::remove_reference_t<Smem>::value_type;
   constexpr int kHeadDim = decltype(cute::size<1>(sQ))::value;
   const detail::QueryRows<Element> queries(args, tile, segment);
   const RotaryTables& rotary = args.p.rotary;

@@ -14,30 +14,30 @@
 
 namespace dca::cuda::sm80 {
 
-/// Where a warp's 16 keys and values of each block lie in shared memory.
+/// Where a warp's keys and values of each block lie in shared memory.
 template <class Traits>
 class DecodeRing {
-  using Element = typename Traits::Element;
+  using Operand = typename Traits::Operand;
 
  public:
   /// `rings`: those of all warps.
   __device__ DecodeRing(unsigned char* rings, int32_t warp)
-      : k_(reinterpret_cast<Element*>(rings) + warp * 2 * Traits::kStages * Traits::kStageElements),
+      : k_(reinterpret_cast<Operand*>(rings) + warp * 2 * Traits::kStages * Traits::kStageElements),
         v_(k_ + Traits::kStages * Traits::kStageElements) {}
 
-  __device__ Element* k(int32_t stage) const { return k_ + stage * Traits::kStageElements; }
-  __device__ Element* v(int32_t stage) const { return v_ + stage * Traits::kStageElements; }
+  __device__ Operand* k(int32_t stage) const { return k_ + stage * Traits::kStageElements; }
+  __device__ Operand* v(int32_t stage) const { return v_ + stage * Traits::kStageElements; }
   __device__ auto smem_k(int32_t stage) const {
     return make_tensor(make_smem_ptr(k(stage)), typename Traits::SmemKv{});
   }
   /// V as (head_dim, keys).
   __device__ auto smem_vt(int32_t stage) const {
-    return make_tensor(make_smem_ptr(reinterpret_cast<typename Traits::Value*>(v(stage))), typename Traits::SmemVt{});
+    return make_tensor(make_smem_ptr(v(stage)), typename Traits::SmemVt{});
   }
 
  private:
-  Element* k_;
-  Element* v_;
+  Operand* k_;
+  Operand* v_;
 };
 
 /// Loads by cp.async, 16 bytes a lane.

@@ -1,12 +1,12 @@
 // A tile of few query rows over a long cache: what decode kernels compute, whatever brings them the keys.
 //
 // One CTA owns up to 16 rows - the query heads of one KV head times a few tokens - and one split of the keys. Its warps
-// share nothing but Q: each walks the blocks of kBlockN keys and takes 16 keys of every block through a ring of its
+// share nothing but Q: each walks the blocks of kBlockN keys and takes kWarpKeys of every block through a ring of its
 // own (decode_ring.h), with an online softmax of its own, so that a load is waited for by the one warp that needs it.
 // At the end the warps' results are joined through shared memory; the results of the splits, by launch_combine.
 //
-// Shared memory: Q for the three segments (3, 16, kHeadDim) | per warp a ring of (kStages, {K, V}, 16, kHeadDim),
-// whose place O, max and sum of the warps take at the end.
+// Shared memory: Q for the three segments (3, 16, kHeadDim) | per warp a ring of (kStages, {K, V}, kWarpKeys,
+// kHeadDim), whose place O, max and sum of the warps take at the end.
 //
 // The keys and values of a cache of e4m3 are widened between shared memory and the products (e4m3_products.h); their
 // scales are factors on the logits and on the rows of O.
@@ -23,13 +23,14 @@ namespace dca::cuda::sm80 {
 template <class Traits, class Loads>
 class DecodeTile {
   using Element = typename Traits::Element;
-  using MmaQk = typename Traits::MmaQk;
-  using MmaPv = typename Traits::MmaPv;
+  using Operand = typename Traits::Operand;
+  using Mma = typename Traits::Mma;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kBlockM = Traits::kBlockM;
   static constexpr int kWarpKeys = Traits::kWarpKeys;
   static constexpr int kThreadRows = 2;
   using Softmax = OnlineSoftmax<kThreadRows, Traits::kHeadroom>;
+  using Place = std::conditional_t<Traits::kE4M3, ColumnsAsRead<Element>, ColumnsInPlace>;
 
  public:
   /// `shared`: kSharedBytes, the rings of `loads` among them.
@@ -38,25 +39,26 @@ class DecodeTile {
         tile_(tile),
         loads_(loads),
         ring_(loads.ring()),
-        smem_q_(reinterpret_cast<Element*>(shared)),
+        smem_q_(reinterpret_cast<Operand*>(shared)),
         exchange_(reinterpret_cast<float*>(shared + Traits::kQueryBytes)),
         warp_(static_cast<int32_t>(threadIdx.x) / 32),
         lane_(static_cast<int32_t>(threadIdx.x) % 32),
-        scale_(LogitScale::of(tile.scale * factor<Element>(args.p.k_scale))) {}
+        scale_(LogitScale::of(tile.scale * factor(args.p.k_scale))),
+        place_(place_of(scale_)) {}
 
   __device__ void run() {
     loads_.begin();
     rotate_queries();
     __syncthreads();
 
-    auto acc_o = partition_fragment_C(MmaPv{}, Shape<Int<kBlockM>, Int<kHeadDim>>{});
+    auto acc_o = partition_fragment_C(Mma{}, Shape<Int<kBlockM>, Int<kHeadDim>>{});
     clear(acc_o);
     auto o = make_tensor(acc_o.data(), as_rows_and_columns(acc_o.layout()));
     Softmax softmax;
-    auto tSrQ = MmaQk{}.get_slice(lane_).partition_fragment_A(smem_q(Segment::Intra));
+    auto tSrQ = Mma{}.get_slice(lane_).partition_fragment_A(smem_q(Segment::Intra));
     [[maybe_unused]] int32_t segment = -1;
     for (KeyBlock block = loads_.next(); block.count > 0; loads_.advance(), block = loads_.next()) {
-      auto acc_s = partition_fragment_C(MmaQk{}, Shape<Int<kBlockM>, Int<kWarpKeys>>{});
+      auto acc_s = partition_fragment_C(Mma{}, Shape<Int<kBlockM>, Int<kWarpKeys>>{});
       if constexpr (Traits::kQueriesInRegisters) {
         if (segment != static_cast<int32_t>(block.segment)) {
           segment = static_cast<int32_t>(block.segment);
@@ -68,9 +70,9 @@ class DecodeTile {
       if (loads_.masked(block)) loads_.mask(s, coordinates<kWarpKeys>(), block);
       softmax.apply(softmax.advance(s, scale_.magnitude_log2), o);
       if constexpr (Traits::kE4M3) {
-        multiply_pv_e4m3<MmaPv>(acc_o, acc_s, ring_.smem_vt(loads_.stage()), lane_);
+        multiply_pv_e4m3<Mma>(acc_o, acc_s, ring_.smem_vt(loads_.stage()), lane_);
       } else {
-        multiply_pv<MmaPv>(acc_o, acc_s, ring_.smem_vt(loads_.stage()), lane_);
+        multiply_pv<Mma>(acc_o, acc_s, ring_.smem_vt(loads_.stage()), lane_);
       }
     }
     loads_.end();
@@ -82,13 +84,21 @@ class DecodeTile {
   }
 
  private:
-  // On products with K, which is read as T, or with V.
-  template <class T>
+  // On products with K, or with V.
   __device__ float factor(const CacheScale& scale) const {
-    return cache_factor<T, typename Traits::Cached>(scale, tile_.kv_head);
+    return cache_factor<Operand, typename Traits::Cached>(scale, tile_.kv_head);
   }
 
-  __device__ Element* q_of(Segment segment) const {
+  // How Q is written, and what that leaves of `scale`.
+  __device__ static Place place_of(LogitScale& scale) {
+    if constexpr (Traits::kE4M3) {
+      return {QueryPower<Element>::out_of(scale)};
+    } else {
+      return {};
+    }
+  }
+
+  __device__ Operand* q_of(Segment segment) const {
     return smem_q_ + static_cast<int32_t>(segment) * kBlockM * kHeadDim;
   }
   __device__ auto smem_q(Segment segment) const {
@@ -99,7 +109,7 @@ class DecodeTile {
   template <int kColumns>
   __device__ auto coordinates() const {
     const auto all = make_identity_tensor(Shape<Int<kBlockM>, Int<kColumns>>{});
-    const auto mine = MmaQk{}.get_slice(lane_).partition_C(all);
+    const auto mine = Mma{}.get_slice(lane_).partition_C(all);
     return make_tensor(mine.data(), as_rows_and_columns(mine.layout()));
   }
 
@@ -108,15 +118,15 @@ class DecodeTile {
     for (int32_t i = 0; i < kNumSegments; ++i) {
       if (tile_.ranges.keys[i].empty()) continue;
       const Segment segment = static_cast<Segment>(i);
-      load_queries<kBlockM, Traits::kThreads, 4>(
+      load_queries<Element, kBlockM, Traits::kThreads, 4>(
           args_, tile_, segment, scale_.sign, smem_q(segment), [](int32_t row) { return row; },
-          static_cast<int32_t>(threadIdx.x), std::conditional_t<Traits::kE4M3, EvenColumnsFirst, ColumnsInPlace>{});
+          static_cast<int32_t>(threadIdx.x), place_);
     }
   }
 
   template <class Fragment>
   __device__ __forceinline__ void read_queries(Fragment& tSrQ, Segment segment) const {
-    const auto copy_a = make_tiled_copy_A(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, MmaQk{});
+    const auto copy_a = make_tiled_copy_A(Copy_Atom<SM75_U32x4_LDSM_N, Operand>{}, Mma{});
     const auto thr_copy_a = copy_a.get_slice(lane_);
     copy(copy_a, thr_copy_a.partition_S(smem_q(segment)), thr_copy_a.retile_D(tSrQ));
   }
@@ -126,15 +136,15 @@ class DecodeTile {
   __device__ __forceinline__ void multiply_qk_of_block(Acc& acc_s, const Fragment& tSrQ, Segment segment) const {
     const auto sK = ring_.smem_k(loads_.stage());
     if constexpr (Traits::kE4M3 && Traits::kQueriesInRegisters) {
-      multiply_qk_e4m3<MmaQk>(
+      multiply_qk_e4m3<Mma>(
           acc_s, [&](auto k) { return tSrQ(_, _, k); }, sK, lane_);
     } else if constexpr (Traits::kE4M3) {
-      multiply_qk_e4m3<MmaQk>(
+      multiply_qk_e4m3<Mma>(
           acc_s, [&](auto k) { return query_step(segment, k); }, sK, lane_);
     } else if constexpr (Traits::kQueriesInRegisters) {
-      multiply_qk_registers<MmaQk>(acc_s, tSrQ, sK, lane_);
+      multiply_qk_registers<Mma>(acc_s, tSrQ, sK, lane_);
     } else {
-      multiply_qk<MmaQk>(acc_s, smem_q(segment), sK, lane_);
+      multiply_qk<Mma>(acc_s, smem_q(segment), sK, lane_);
     }
   }
 
@@ -142,9 +152,9 @@ class DecodeTile {
   template <class Step>
   __device__ __forceinline__ auto query_step(Segment segment, Step k) const {
     const auto sQ = smem_q(segment);
-    const auto copy_a = make_tiled_copy_A(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, MmaQk{});
+    const auto copy_a = make_tiled_copy_A(Copy_Atom<SM75_U32x4_LDSM_N, Operand>{}, Mma{});
     const auto thr_copy_a = copy_a.get_slice(lane_);
-    auto all = MmaQk{}.get_slice(lane_).partition_fragment_A(sQ);  // of which only this step becomes registers
+    auto all = Mma{}.get_slice(lane_).partition_fragment_A(sQ);  // of which only this step becomes registers
     copy(copy_a, thr_copy_a.partition_S(sQ)(_, _, k), thr_copy_a.retile_D(all)(_, _, k));
     auto step = make_fragment_like(all(_, _, k));
     copy(all(_, _, k), step);
@@ -213,7 +223,7 @@ class DecodeTile {
         CUTE_UNROLL
         for (int c = 0; c < 8; ++c) joined[c] += weight * part[c];
       }
-      const float inverse = sum == 0.0f ? 0.0f : factor<typename Traits::Value>(args_.p.v_scale) / sum;
+      const float inverse = sum == 0.0f ? 0.0f : factor(args_.p.v_scale) / sum;
       CUTE_UNROLL
       for (int c = 0; c < 8; ++c) joined[c] *= inverse;
       store_unit(rows, tile_.seqlen.row(at.position), at.head, column, joined);
@@ -242,11 +252,12 @@ class DecodeTile {
   const WorkTile& tile_;
   Loads& loads_;
   const DecodeRing<Traits> ring_;
-  Element* const smem_q_;
+  Operand* const smem_q_;
   float* const exchange_;
   const int32_t warp_;
   const int32_t lane_;
-  const LogitScale scale_;
+  LogitScale scale_;
+  const Place place_;
 };
 
 }  // namespace dca::cuda::sm80

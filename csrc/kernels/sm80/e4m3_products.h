@@ -1,12 +1,12 @@
 // The products of decode over a cache of e4m3: ldmatrix brings it from shared memory two numbers at a time, as if they
-// were one element of 16 bits, and they become elements in registers: keys those of Q, values fp16.
+// were one element of 16 bits, and they become fp16 in registers. fp16 holds every number of e4m3, takes the fewest
+// instructions, and on GPUs that have instructions for e4m3 is what they give. So queries become fp16 as well.
 //
 // Which column of a product a number belongs to is free, if all parties agree. So nothing is exchanged between lanes:
-// of each 16 channels the even ones are the columns 0 to 7, and the odd ones 8 to 15.
 //
-//   S = Q K^T  Of 8 keys x 16 channels a lane gets channels 4t to 4t + 3 of a key (t = lane % 4): bytes 0 and 2 are
-//              even channels, columns 2t and 2t + 1 of the operand; bytes 1 and 3 columns 2t + 8 and 2t + 9. Q is
-//              written to shared memory in this order.
+//   S = Q K^T  Of 8 keys x 16 channels a lane gets channels 4t to 4t + 3 of a key (t = lane % 4). They are columns 2t,
+//              2t + 1, 2t + 8 and 2t + 9 of the operand, in the order in which they are best read. Q is written to
+//              shared memory in this order.
 //   O += P V   Of 8 keys x 16 channels, transposed, a lane gets channels 2g and 2g + 1 (g = lane / 4) of keys 2t and
 //              2t + 1: bytes 0 and 2 are channel 2g of both, column g of one tile of O; bytes 1 and 3 of the next. A
 //              lane then holds channels 4t to 4t + 3 of a row of O.
@@ -17,17 +17,42 @@
 
 namespace dca::cuda::sm80 {
 
-/// Writes 8 columns of Q, of each 16 the even ones first.
-struct EvenColumnsFirst {
-  template <class Smem, class Vec>
-  __device__ __forceinline__ void operator()(Smem& sQ, int32_t row, int32_t column, const Vec& x) const {
+/// Q of bf16, already rounded to it, becomes fp16, which has fewer exponents: times the power of two that makes its
+/// products with the cache logits, within a factor of 2. So what is lost below 2^-24 is lost from logits, and only
+/// single products of many thousands are too large.
+template <class Element>
+struct QueryPower {
+  float factor = 1.0f;
+
+  /// Takes the power of two out of `scale`. Q of fp16 stays what it is.
+  __device__ static QueryPower out_of(LogitScale& scale) {
+    if constexpr (std::is_same_v<Element, cutlass::half_t>) return {};
+    constexpr float kRead = E4M3Reader<cutlass::half_t>::kScale;  // undoes how numbers are read
+    const float power = __uint_as_float(__float_as_uint(scale.magnitude_log2 / kRead) & 0x7f800000u);
+    scale.magnitude_log2 /= power;
+    return {power};
+  }
+
+  __device__ __forceinline__ uint32_t apply(uint32_t pair) const {
+    if constexpr (std::is_same_v<Element, cutlass::half_t>) return pair;
+    return round_pair<cutlass::half_t>(__uint_as_float(pair << 16) * factor,
+                                       __uint_as_float(pair & 0xffff0000u) * factor);
+  }
+};
+
+/// Writes 8 columns of Q to where the products expect them.
+template <class Element>
+struct ColumnsAsRead {
+  QueryPower<Element> power;
+
+  template <class Smem>
+  __device__ __forceinline__ void operator()(Smem& sQ, int32_t row, int32_t column, const Vec16<Element>& x) const {
     const auto* const words = reinterpret_cast<const uint32_t*>(x.data());
     const int32_t first = column / 16 * 16 + column % 16 / 2;
-    // Halves of two words: the lower ones, the upper ones.
-    const auto lower = [&](int i) { return __byte_perm(words[i], words[i + 1], 0x5410); };
-    const auto upper = [&](int i) { return __byte_perm(words[i], words[i + 1], 0x7632); };
-    *reinterpret_cast<uint2*>(&sQ(row, first)) = {lower(0), lower(2)};
-    *reinterpret_cast<uint2*>(&sQ(row, first + 8)) = {upper(0), upper(2)};
+    const uint2 low = ordered_as_read(power.apply(words[0]), power.apply(words[1]));
+    const uint2 high = ordered_as_read(power.apply(words[2]), power.apply(words[3]));
+    *reinterpret_cast<uint2*>(&sQ(row, first)) = {low.x, high.x};
+    *reinterpret_cast<uint2*>(&sQ(row, first + 8)) = {low.y, high.y};
   }
 };
 
@@ -52,9 +77,9 @@ __device__ __forceinline__ void multiply_qk_e4m3(Acc& acc, ReadA&& read_a, const
       auto key_words = recast<uint32_t>(keys);
       CUTE_UNROLL
       for (int n = 0; n < size<1>(words); ++n) {
-        const uint2 even_odd = read_e4m3_even_odd<Element>(words(half, n));
-        key_words(0, n) = even_odd.x;
-        key_words(1, n) = even_odd.y;
+        const uint2 four = read_e4m3_any_order<Element>(words(half, n));
+        key_words(0, n) = four.x;
+        key_words(1, n) = four.y;
       }
       const auto a = read_a(Int<2 * decltype(k)::value + decltype(half)::value>{});
       gemm(mma, a, keys, acc);

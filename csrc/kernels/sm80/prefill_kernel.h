@@ -155,7 +155,7 @@ class PrefillTile {
 
   __device__ void rotate_queries(Segment segment) {
     __syncwarp();  // every lane has read the old ones
-    load_queries<kRowsPerWarp, 32, Traits::kQueryPairsAhead>(
+    load_queries<Element, kRowsPerWarp, 32, Traits::kQueryPairsAhead>(
         args_, tile_, segment, scale_.sign, smem_q(), [&](int32_t i) { return row_of_warp(i); }, thread_);
     __syncwarp();
   }

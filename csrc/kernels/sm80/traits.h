@@ -96,24 +96,24 @@ constexpr int decode_stages(int head_dim) { return head_dim <= 64 ? 4 : head_dim
 /// stands between a load and its use. 64 KB or more are on their way or in use per CTA, some 128 KB per SM: several
 /// times what latency and bandwidth ask for.
 ///
-/// Rows of a cache of e4m3 lie in shared memory as they are, two numbers in the place of an element, and become
-/// elements on their way to the products (e4m3_products.h): keys Element, values fp16, which holds every number of
-/// e4m3, takes the fewest instructions, and on GPUs that have instructions for e4m3 is what they give.
+/// Rows of a cache of e4m3 lie in shared memory as they are, two numbers in the place of an element, and become fp16 on
+/// their way to the products (e4m3_products.h). What a block costs beside its products then shows, at head_dim 64
+/// most, where blocks are twice as long for that.
 template <class Element_, int kHeadDim_, class Cached_ = Element_>
 struct DecodeTraits {
   using Element = Element_;
   using Cached = Cached_;
   static constexpr bool kE4M3 = std::is_same_v<Cached, cutlass::float_e4m3_t>;
-  using Value = std::conditional_t<kE4M3, cutlass::half_t, Element>;  // weights are rounded to it, too
-  static constexpr int kHeadroom = kHeadroomOf<Value, Cached>;
+  using Operand = std::conditional_t<kE4M3, cutlass::half_t, Element>;  // of both products
+  static constexpr int kHeadroom = kHeadroomOf<Operand, Cached>;
   static constexpr int kPacked = kE4M3 ? 2 : 1;  // numbers of the cache in the place of an element
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kWarps = kHeadDim <= 128 ? 4 : 2;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kBlockM = 16;
-  static constexpr int kWarpKeys = 16;
+  static constexpr int kWarpKeys = kE4M3 && kHeadDim <= 64 ? 32 : 16;
   static constexpr int kBlockN = kWarpKeys * kWarps;
-  static constexpr int kStages = kPacked * decode_stages(kHeadDim);
+  static constexpr int kStages = kPacked * decode_stages(kHeadDim) * 16 / kWarpKeys;
   static constexpr bool kQueriesInRegisters = kHeadDim <= 128;  // beside O there is no room for more
   static constexpr int kMinCtas = 2;
 
@@ -133,10 +133,7 @@ struct DecodeTraits {
   }
   static constexpr int kSharedBytes = shared_bytes(kStages);
 
-  template <class T>
-  using MmaOf = TiledMMA<MmaAtom<T>, Layout<Shape<_1, _1, _1>>, Tile<_16, _16, _16>>;
-  using MmaQk = MmaOf<Element>;
-  using MmaPv = MmaOf<Value>;
+  using Mma = TiledMMA<MmaAtom<Operand>, Layout<Shape<_1, _1, _1>>, Tile<_16, _16, _16>>;
 };
 
 }  // namespace dca::cuda::sm80

@@ -250,7 +250,7 @@ class Consumer {
     wait_for_stores();
     Barriers::warpgroup(warpgroup());
     const int32_t first_row = warpgroup() * 64;
-    load_queries<64, 128, Traits::kQueryPairsAhead>(
+    load_queries<Element, 64, 128, Traits::kQueryPairsAhead>(
         args_, tile, segment, scale_of(tile).sign, smem_q(), [&](int32_t i) { return first_row + i; },
         made_anew(thread_));
     cutlass::arch::fence_view_async_shared();

@@ -1,4 +1,4 @@
-// Loads of decode by TMA: one lane of a warp asks for the 16 keys and values of a block with one request per column of
+// Loads of decode by TMA: one lane of a warp asks for its keys and values of a block with one request per column of
 // atoms, and an mbarrier per stage of the ring says when they are there.
 #pragma once
 
@@ -12,6 +12,7 @@ namespace dca::cuda::sm90 {
 
 struct DecodeArgs {
   AttentionArgs attention;
+  int32_t rows_per_box;  ///< kWarpKeys, or 16
   CUtensorMap k;
   CUtensorMap v;
 };
@@ -19,10 +20,11 @@ struct DecodeArgs {
 /// What sm80::DecodeTile asks of its loads (sm80/decode_ring.h).
 template <class Traits>
 class TmaLoads {
-  using Element = typename Traits::Element;
   using Ring = sm80::DecodeRing<Traits>;
+  using Operand = typename Traits::Operand;
   static constexpr int kStages = Traits::kStages;
   static constexpr int kRows = Traits::kWarpKeys;
+  static constexpr int kPieces = kRows / Traits::kLeastBoxRows;
 
  public:
   /// What needs no tile, by a thread of a warp that does not look for it; the CTA meets when that is found. `full`:
@@ -97,33 +99,48 @@ class TmaLoads {
     return first_key_of(tile_, block, Traits::kBlockN) + warp_ * kRows;
   }
 
+  /// Whether this part of a block has a box of its own. All rows come in one, unless a page may end among them.
+  __device__ __forceinline__ bool has_box(int piece) const {
+    return piece == 0 || (kPieces > 1 && args_.rows_per_box < kRows);
+  }
+
   // Where the block is that is asked for next. With pages that is in memory, so it is read one request ahead.
   __device__ __forceinline__ void find() {
     const KeyBlock block = ahead_.next();
     found_ = block.count > 0;
     if (!found_) return;
     if (ahead_.in_run() && args_.attention.p.pages.page_table == nullptr) {
-      source_.row += Traits::kBlockN;
-    } else {
-      source_ = KeySource::of(args_.attention, tile_, first_key(block), kRows);
+      sources_[0].row += Traits::kBlockN;
+      return;
+    }
+    CUTE_UNROLL
+    for (int piece = 0; piece < kPieces; ++piece) {
+      if (!has_box(piece)) break;
+      const int32_t first = first_key(block) + piece * Traits::kLeastBoxRows;
+      sources_[piece] = KeySource::of(args_.attention, tile_, first, args_.rows_per_box);
     }
   }
 
   __device__ __forceinline__ void request() {
     if (!found_) return;
-    const KeySource source{in_all_lanes(source_.row), in_all_lanes(source_.batch)};
-    if (elect_one_sync()) {
-      uint64_t* const full = &full_[ahead_stage_];
-      Barrier::arrive_and_expect_tx(full, Traits::kStageBytes);
-      load(args_.k, source, ring_.k(ahead_stage_), full);
-      load(args_.v, source, ring_.v(ahead_stage_), full);
+    uint64_t* const full = &full_[ahead_stage_];
+    CUTE_UNROLL
+    for (int piece = 0; piece < kPieces; ++piece) {
+      if (!has_box(piece)) break;
+      const KeySource source{in_all_lanes(sources_[piece].row), in_all_lanes(sources_[piece].batch)};
+      if (elect_one_sync()) {
+        if (piece == 0) Barrier::arrive_and_expect_tx(full, Traits::kStageBytes);
+        load(args_.k, source, ring_.k(ahead_stage_), piece, full);
+        load(args_.v, source, ring_.v(ahead_stage_), piece, full);
+      }
     }
     ahead_stage_ = following(ahead_stage_);
     find();
   }
 
-  __device__ __forceinline__ void load(const CUtensorMap& map, const KeySource& source, Element* target,
+  __device__ __forceinline__ void load(const CUtensorMap& map, const KeySource& source, Operand* target, int piece,
                                        uint64_t* full) const {
+    target += piece * Traits::kLeastBoxRows * Traits::kBoxColumns;
     CUTE_UNROLL
     for (int box = 0; box < Traits::kBoxes; ++box) {
       SM90_TMA_LOAD_4D::copy(&map, full, static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_FIRST), target,
@@ -157,7 +174,7 @@ class TmaLoads {
   int32_t ahead_stage_ = 0;
   int32_t stage_ = 0;
   uint32_t phase_ = 0;
-  KeySource source_{};
+  KeySource sources_[kPieces]{};
   bool found_ = false;
 };
 

@@ -26,6 +26,11 @@ inline Status encode_cache(const char* name, const AttentionParams& p, const Con
   return encode_tensor_map(name, cache.data, cache.stride, dtype_of_cache(p), p.head_dim, extents, box, map);
 }
 
+/// Of the `rows` that are asked for together, how many lie in one page wherever blocks are cut.
+inline int32_t rows_per_box(const AttentionParams& p, int32_t rows) {
+  return p.pages.page_table != nullptr ? std::gcd(p.pages.page_size, rows) : rows;
+}
+
 template <TileKind kKind, DType kDType, int kHeadDim, DType kCacheDType = DType::Same,
           Variant kVariant = Variant::Default>
 struct Instance {
@@ -34,7 +39,7 @@ struct Instance {
                                typename ElementOf<kCacheDType == DType::Same ? kDType : kCacheDType>::type, kVariant>;
 
   static Status encode(const AttentionParams& p, PrefillArgs* args) {
-    args->rows_per_box = p.pages.page_table != nullptr ? std::gcd(p.pages.page_size, Traits::kBlockN) : Traits::kBlockN;
+    args->rows_per_box = rows_per_box(p, Traits::kBlockN);
     const Box box{Traits::kLoadColumns, args->rows_per_box};
     if (Status status = encode_cache("k", p, p.k, box, &args->k); !status.ok()) return status;
     if (Status status = encode_cache("v", p, p.v, box, &args->v); !status.ok()) return status;
@@ -73,8 +78,8 @@ struct Instance<TileKind::Decode, kDType, kHeadDim, kCacheDType> {
                               typename ElementOf<kCacheDType == DType::Same ? kDType : kCacheDType>::type>;
 
   static Status launch(const AttentionParams& params, const AttentionPlan& plan) {
-    DecodeArgs args{AttentionArgs(params, plan), {}, {}};
-    const Box box{Traits::kBoxColumns * Traits::kPacked, Traits::kWarpKeys};
+    DecodeArgs args{AttentionArgs(params, plan), rows_per_box(params, Traits::kWarpKeys), {}, {}};
+    const Box box{Traits::kBoxColumns * Traits::kPacked, args.rows_per_box};
     if (Status status = encode_cache("k", params, params.k, box, &args.k); !status.ok()) return status;
     if (Status status = encode_cache("v", params, params.v, box, &args.v); !status.ok()) return status;
     static std::atomic<uint64_t> prepared{0};

@@ -145,17 +145,18 @@ struct PrefillTraits {
 };
 
 /// Decode: the tile of sm80, with loads by TMA into rings as deep as kMinCtas CTAs per SM have room for. A box of TMA
-/// is the 16 rows of one column of atoms in a ring's layout, whose permutation of 16-byte units is the one that TMA has
-/// for rows of that width.
+/// is one column of atoms in a ring's layout, whose permutation of 16-byte units is the one that TMA has for rows of
+/// that width.
 ///
-/// A warp takes some 500 instructions for 16 keys of e4m3, most of them in chains: what an SM gets done there grows
-/// with the number of its warps. Memory bounds the others with two CTAs, and three have no registers.
+/// Keys of e4m3 take more instructions for the bytes that they are, most of them in chains: what an SM gets done there
+/// grows with the number of its warps. Memory bounds the others with two CTAs, and three have no registers.
 template <class Element, int kHeadDim, class Cached = Element>
 struct DecodeTraits : sm80::DecodeTraits<Element, kHeadDim, Cached> {
   using Base = sm80::DecodeTraits<Element, kHeadDim, Cached>;
   static constexpr int kMinCtas = !Base::kE4M3 || kHeadDim > 128 ? 2 : kHeadDim > 64 ? 3 : 4;
   static constexpr int kBoxColumns = Base::KvRows::kColumns;             // of 16 bits
-  static constexpr int kBoxes = kHeadDim / Base::kPacked / kBoxColumns;  // of 16 keys
+  static constexpr int kBoxes = kHeadDim / Base::kPacked / kBoxColumns;  // of a row
+  static constexpr int kLeastBoxRows = 16;                               // which divides the sizes of pages
   static constexpr uint32_t kStageBytes = 2 * Base::kStageElements * 2;  // keys and values of a warp
   static constexpr int kOtherBytes = Base::kQueryBytes + 2048;           // the tile and the barriers, and the system's
   static constexpr int kFitting = (kMaxSharedBytes / kMinCtas - kOtherBytes) / (kStageBytes * Base::kWarps);

@@ -169,6 +169,22 @@ TEST_P(CudaE4M3, EveryCodeIsReadExactly) {
   kernel_cases += 2;
 }
 
+// Only their products with the scale of the logits are in the range of fp16, to which decode rounds them.
+TEST_P(CudaE4M3, QueriesOfAnySize) {
+  const ProblemShape s = cached(4, 2);
+  const int power = s.dtype == DType::BFloat16 ? 60 : 8;
+  for (const double scale : {std::ldexp(1.0, power), std::ldexp(1.0, -power)}) {
+    AttentionProblem problem(s);
+    AttentionParams p = problem.params();
+    const Tables tables(p.rotary.num_positions, p.rotary.half_dim, 10000.0, scale);
+    p.rotary.cos = tables.cos.data();
+    p.rotary.sin = tables.sin.data();
+    p.softmax_scale = static_cast<float>(p.softmax_scale / scale);
+    EXPECT_TRUE(problem.matches_reference(p, {1, 4}, {buffer_of(tables.cos), buffer_of(tables.sin)})) << scale;
+    kernel_cases += 2;
+  }
+}
+
 // One key outweighs 4096 others e^18 times, each of which is too small a part of it for fp16 as it is. What remains of
 // the output is theirs alone.
 TEST_P(CudaE4M3, SmallWeightsCount) {
