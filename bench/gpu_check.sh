@@ -188,7 +188,8 @@ cuda_tests() { LD_LIBRARY_PATH=$cuda_lib:${LD_LIBRARY_PATH:-} "$@"; }
 # Small shapes of every kind of kernel: the sanitizers take many times a test's own time.
 sanitize_filter() {
   local small='*CudaPrefill*bf16_dim64:*CudaPrefill*bf16_dim128:*CudaDecode*bf16_dim64:*CudaDecode*bf16_dim128'
-  echo "${filter:-$small:CudaAppend*:CudaMerge*-*LongC*}"
+  small+=':*CudaE4M3*bf16_dim64:CudaE4M3Append*:CudaRotateKeys*:CudaAppend*:CudaMerge*'
+  echo "${filter:-$small-*LongC*:*FarMemory*}"
 }
 
 # dca_cuda_tests in several processes that share the device: most of a test's time is the reference's, or the

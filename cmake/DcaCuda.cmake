@@ -26,7 +26,6 @@ if(NOT TARGET ${DCA_CUDART})
 endif()
 
 include(FindCutlass)
-string(REPLACE ";" ", " DCA_CUDA_ARCHITECTURES_TEXT "${DCA_CUDA_ARCHITECTURES}")
 list(TRANSFORM DCA_CUDA_ARCHITECTURES PREPEND "sm_" OUTPUT_VARIABLE _names)
 string(REPLACE ";" "," DCA_CUDA_ARCHITECTURES_TEXT "${_names}")
 include(KernelInstances)

@@ -91,8 +91,8 @@ MUTATIONS = [
     Mutation(
         "merge: parts weigh the same",
         COMMON + "merge.cu",
-        "const float weight = expf(args.lses[part][lse_index] - largest);",
-        "const float weight = args.lses[part][lse_index] > -INFINITY ? 1.0f : 0.0f;",
+        "const float weight = expf(lse - largest);",
+        "const float weight = 1.0f;",
     ),
     Mutation(
         "merge: splits weigh the same",
@@ -298,9 +298,23 @@ MUTATIONS = [
     Mutation(
         "Hopper barrier: Q is rotated while other warps' products read it",
         SM90 + "consumer.h",
-        "    wait_for_stores();\n    Barriers::warpgroup(warpgroup());\n",
-        "    wait_for_stores();\n",
+        "    take_place_of_q();\n    const int32_t",
+        "    wait_for_stores();\n    const int32_t",
         ("race", "late", "random"),
+    ),
+    Mutation(
+        "Hopper barrier: O is written over Q that other warps' products read",
+        SM90 + "consumer.h",
+        "    take_place_of_q();\n    stage_results(",
+        "    wait_for_stores();\n    stage_results(",
+        ("race", "late", "random"),
+    ),
+    Mutation(
+        "Hopper wait: O is written into the place of O before that is stored",
+        SM90 + "consumer.h",
+        "    take_place_of_q();\n    stage_results(",
+        "    Barriers::warpgroup(warpgroup());\n    stage_results(",
+        ("late", "random", "race"),
     ),
     Mutation(
         "Hopper fence: Q is not made visible to wgmma",

@@ -227,12 +227,25 @@ Status check_cu_seqlens(const char* name, const int32_t* cu_seqlens, int32_t bat
   return {};
 }
 
+// Of one sequence, or of all: `used` slots after the call.
+Status check_capacity(const std::string& sequence, int64_t before, int64_t used, int64_t capacity) {
+  DCA_REFUSE_IF(before < 0, "cache_seqlens must not be negative; got ", before, " for ", sequence);
+  DCA_REFUSE_IF(used > capacity, "cache_seqlens must fit in the cache: ", sequence, " needs ", used,
+                " slots, and it has ", capacity);
+  return {};
+}
+
+// One length for all sequences, which the host knows on every device. `new_rows` of each come to it.
+template <class Params>
+Status check_common_length(const Params& p, int64_t new_rows, int64_t capacity) {
+  if (p.batch == 0 || p.cache_seqlens != nullptr) return {};
+  return check_capacity("each sequence", p.cache_seqlen, p.cache_seqlen + new_rows, capacity);
+}
+
 // `used` slots of sequence b, after the call.
 template <class Params>
 Status check_slots(const Params& p, int32_t b, int64_t before, int64_t used, int64_t capacity) {
-  DCA_REFUSE_IF(before < 0, "cache_seqlens must not be negative; got ", before, " for sequence ", b);
-  DCA_REFUSE_IF(used > capacity, "cache_seqlens must fit in the cache: sequence ", b, " needs ", used,
-                " slots, and it has ", capacity);
+  DCA_RETURN_IF_REFUSED(check_capacity("sequence " + std::to_string(b), before, used, capacity));
   if (p.cache_leftpad != nullptr) {
     const int32_t leftpad = p.cache_leftpad[b];
     DCA_REFUSE_IF(leftpad < 0 || leftpad > used, "cache_leftpad must be between 0 and the slots in use (", used,
@@ -276,6 +289,12 @@ Status check_values(const AttentionParams& p) {
   return {};
 }
 
+// New rows of each sequence, where they are as many of all.
+template <class Params>
+int64_t uniform_new_rows(const Params& p) {
+  return p.cu_seqlens_k != nullptr ? 0 : p.seqlen_k;
+}
+
 template <class Params>
 Status check_new_rows(const Params& p, int64_t capacity) {
   DCA_RETURN_IF_REFUSED(check_cu_seqlens("cu_seqlens", p.cu_seqlens_k, p.batch, p.total_k, p.seqlen_k));
@@ -310,18 +329,27 @@ Status check(const AttentionParams& p) {
                 "seqlen_q and seqlen_k must not be negative; got seqlen_q=", p.seqlen_q, ", seqlen_k=", p.seqlen_k);
   DCA_REFUSE_IF(p.cu_seqlens_k != nullptr && p.pages.page_table != nullptr,
                 "cu_seqlens_k and page_table exclude each other; got both");
-  DCA_REFUSE_IF(p.num_splits < 0 || p.num_splits > 256, "num_splits must be between 0 (choose) and 256; got ",
-                p.num_splits);
+  DCA_REFUSE_IF(p.num_splits < 0 || p.num_splits > kMaxNumSplits, "num_splits must be between 0 (choose) and ",
+                kMaxNumSplits, "; got ", p.num_splits);
   DCA_REFUSE_IF(p.original_max_position_embeddings < 0, "original_max_position_embeddings must not be negative; got ",
                 p.original_max_position_embeddings);
-  return p.exec.device == Device::Cpu ? check_values(p) : check_cuda_shape(p);
+  DCA_REFUSE_IF(p.cu_seqlens_q != nullptr && p.total_q > 0 && p.seqlen_q < 1,
+                "the maximal sequence length of cu_seqlens_q must be at least 1 where q has rows; got ", p.seqlen_q);
+  if (p.exec.device == Device::Cpu) return check_values(p);
+  if (p.cu_seqlens_k == nullptr) {
+    const bool appends = p.cache_seqlens_before_append && p.cu_seqlens_q == nullptr;
+    DCA_RETURN_IF_REFUSED(check_common_length(p, appends ? p.seqlen_q : 0, p.seqlen_k));
+  }
+  return check_cuda_shape(p);
 }
 
 Status check(const RotateKeysParams& p) {
   DCA_RETURN_IF_REFUSED(check_heads(p.num_heads_kv, p.num_heads_kv, p.head_dim));
   DCA_RETURN_IF_REFUSED(check_common(p));
   DCA_REFUSE_IF(p.seqlen_k < 0, "seqlen_k must not be negative; got ", p.seqlen_k);
-  return p.exec.device == Device::Cpu ? check_values(p) : check_head_dim_vectors(p.head_dim, p.dtype);
+  if (p.exec.device == Device::Cpu) return check_values(p);
+  DCA_RETURN_IF_REFUSED(check_common_length(p, uniform_new_rows(p), INT32_MAX));
+  return check_head_dim_vectors(p.head_dim, p.dtype);
 }
 
 Status check(const AppendParams& p) {
@@ -335,6 +363,7 @@ Status check(const AppendParams& p) {
   DCA_RETURN_IF_REFUSED(check_written_scale("v_scale", p.v_scale, p.v_scale_out, dtype_of_cache(p)));
   DCA_RETURN_IF_REFUSED(check_pages(p.pages, p.exec.device, p.cache_slots));
   if (p.exec.device == Device::Cpu) return check_values(p);
+  DCA_RETURN_IF_REFUSED(check_common_length(p, uniform_new_rows(p), p.cache_slots));
   DCA_RETURN_IF_REFUSED(check_head_dim_vectors(p.head_dim, p.dtype));
   return check_cache_vectors(p);
 }

@@ -103,10 +103,14 @@ struct Execution {
   const Threading* threading = nullptr;  ///< CPU only; nullptr: the library's own pool
 };
 
+/// Key splits that a caller may ask for.
+inline constexpr int32_t kMaxNumSplits = 256;
+
 /// Attention of unrotated queries over rotated keys, through all segments or through one.
 ///
 /// The logical position of cache slot s is s - leftpad[b]; the last query row of a sequence is its last key. A row with
-/// a negative position, and one that sees no key, gives out = 0 and lse = -inf.
+/// a negative position, and one that sees no key, gives out = 0 and lse = -inf. On CUDA rows of a ragged q behind the
+/// last sequence may get anything.
 struct AttentionParams {
   Execution exec;
   DType dtype = DType::Float32;     ///< of q and out
@@ -146,7 +150,7 @@ struct AttentionParams {
   /// Not 0, and temperature null: YaRN's factor max(1, 0.1 ln(kv_len / this) + 1)^2.
   int32_t original_max_position_embeddings = 0;
 
-  int32_t num_splits = 0;     ///< key splits per query tile; 0: chosen from the shapes
+  int32_t num_splits = 0;     ///< key splits per query tile, at most kMaxNumSplits; 0: chosen from the shapes
   void* workspace = nullptr;  ///< attention_workspace_bytes() bytes (device); CPU: may be null
   size_t workspace_bytes = 0;
 };

@@ -11,7 +11,6 @@ namespace dca::cuda {
 namespace {
 
 constexpr int kWarps = 4;
-constexpr int kMaxSplits = 256;
 constexpr int kAhead = 8;    // parts that a warp asks for before it uses the first
 constexpr int kColumns = 4;  // of a lane
 
@@ -35,10 +34,10 @@ __device__ float warp_sum(float x) {
 /// exp(lse_s), -inf if no part has seen a key.
 __device__ float find_weights(const float* lse, int64_t stride, int32_t num_splits, float* weight, float* sum) {
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
-  float mine[kMaxSplits / 32];
+  float mine[kMaxNumSplits / 32];
   float largest = -INFINITY;
   CUTE_UNROLL
-  for (int i = 0; i < kMaxSplits / 32; ++i) {
+  for (int i = 0; i < kMaxNumSplits / 32; ++i) {
     const int32_t split = i * 32 + lane;
     mine[i] = split < num_splits ? lse[split * stride] : -INFINITY;
     largest = fmaxf(largest, mine[i]);
@@ -47,7 +46,7 @@ __device__ float find_weights(const float* lse, int64_t stride, int32_t num_spli
   const float offset = largest == -INFINITY ? 0.0f : largest;
   *sum = 0.0f;
   CUTE_UNROLL
-  for (int i = 0; i < kMaxSplits / 32; ++i) {
+  for (int i = 0; i < kMaxNumSplits / 32; ++i) {
     mine[i] = exp2_approx((mine[i] - offset) * kLog2E);
     *sum += mine[i];
     if (threadIdx.x < 32) weight[i * 32 + lane] = mine[i];
@@ -86,7 +85,7 @@ struct Parts {
 
 template <class Element>
 __global__ void __launch_bounds__(32 * kWarps) combine_kernel(const __grid_constant__ CombineArgs args) {
-  __shared__ float weight[kMaxSplits];
+  __shared__ float weight[kMaxNumSplits];
   __shared__ float4 shares[kWarps][32];
   const AttentionParams& p = args.p;
   const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32;
@@ -102,7 +101,7 @@ __global__ void __launch_bounds__(32 * kWarps) combine_kernel(const __grid_const
                        head * p.out.stride.head;
 
   const int32_t num_splits = args.plan.num_splits;
-  // Of the columns from `column` on; behind the last one of them, its own again, which nobody uses.
+  // Of the columns from `column` on; behind the last one of them, the first ones, which nobody uses.
   const auto load = [&](int32_t column, int32_t first) {
     const int32_t within = column < p.head_dim ? column : 0;
     return Parts::load(args.plan.out_accum + index * p.head_dim + within, stride * p.head_dim, num_splits, first);
@@ -149,7 +148,7 @@ Status launch_combine(const AttentionParams& params, const AttentionPlan& plan) 
   const int64_t ctas = args.total_rows * params.num_heads;
   const auto kernel =
       params.dtype == DType::BFloat16 ? combine_kernel<cutlass::bfloat16_t> : combine_kernel<cutlass::half_t>;
-  static std::atomic<int> known{-1};
+  static std::atomic<uint64_t> known{0};
   return launch_kernel("attention", kernel, ctas, 32 * kWarps, 0, params.exec.stream, args,
                        waits_by_itself(kernel, known));
 }

@@ -14,21 +14,9 @@ namespace dca::cuda {
 
 inline Status cuda_status(const char* what, cudaError_t error) {
   if (error == cudaSuccess) return {};
+  cudaGetLastError();  // it has been reported: whoever looks next must not find it
   const StatusCode code = error == cudaErrorMemoryAllocation ? StatusCode::OutOfMemory : StatusCode::Internal;
   return {code, std::string(what) + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")"};
-}
-
-/// Lets `kernel` have more shared memory than the 48 KB of the default, once per device.
-template <class Kernel>
-Status allow_shared_memory(Kernel* kernel, int bytes, std::atomic<uint64_t>& prepared) {
-  int device = 0;
-  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return cuda_status("attention", error);
-  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
-  if ((prepared.load(std::memory_order_relaxed) & bit) != 0) return {};
-  const cudaError_t error =
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) prepared.fetch_or(bit, std::memory_order_relaxed);
-  return cuda_status("attention", error);
 }
 
 /// kernel<<<num_ctas, threads, shared_bytes, stream>>>(args), checked. `early`: it may start while the kernel before it
@@ -54,6 +42,22 @@ Status launch_kernel(const char* name, void (*kernel)(Args), int64_t num_ctas, i
     config.numAttrs = 1;
   }
   return cuda_status(name, cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments));
+}
+
+/// The same for an attention kernel, which wants more shared memory than the 48 KB that a kernel has unasked.
+template <auto kKernel, class Args>
+Status launch_attention_kernel(int64_t num_ctas, int threads, int shared_bytes, void* stream, const Args& args) {
+  static std::atomic<uint64_t> prepared{0};  // devices, by bit, on which the kernel may have it
+  int device = 0;
+  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return cuda_status("attention", error);
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if ((prepared.load(std::memory_order_relaxed) & bit) == 0) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return cuda_status("attention", error);
+    prepared.fetch_or(bit, std::memory_order_relaxed);
+  }
+  return launch_kernel("attention", kKernel, num_ctas, threads, shared_bytes, stream, args);
 }
 
 }  // namespace dca::cuda

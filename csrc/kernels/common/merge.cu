@@ -36,9 +36,10 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__
   for (int32_t part = 0; part < args.num_parts; ++part) largest = fmaxf(largest, args.lses[part][lse_index]);
   float sum = 0.0f;
   float joined[kVector] = {};
-  for (int32_t part = 0; part < args.num_parts && largest != -INFINITY; ++part) {
-    const float weight = expf(args.lses[part][lse_index] - largest);
-    if (weight == 0.0f) continue;  // whatever its out holds
+  for (int32_t part = 0; part < args.num_parts; ++part) {
+    const float lse = args.lses[part][lse_index];
+    if (lse == -INFINITY) continue;            // whatever its out holds
+    const float weight = expf(lse - largest);  // of NaN, which fmaxf passes over, NaN
     sum += weight;
     const Element* const source = static_cast<const Element*>(args.outs[part]) + row * args.head_dim + column;
     if constexpr (kVector > 1) {

@@ -1,7 +1,7 @@
 // Key rotation, and rotation with the write into a cache: one memory-bound pass that stores 16 bytes at a time.
 //
-// The new rows of all sequences times KV heads are spread over warps; the lanes of a warp take the units of a row (see
-// rotary.h) and, for an append, copy the value's row. Lengths are read on the device; a slot behind the cache and a
+// A thread makes one unit (see rotary.h) of a new row of a sequence and KV head and, for an append, copies the same
+// unit of the value. Lengths are read on the device; a slot behind the cache and a
 // page that the cache has not are dropped.
 #include <cutlass/fast_math.h>
 

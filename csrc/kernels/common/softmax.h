@@ -1,7 +1,7 @@
-// Online softmax of the rows that a thread of an mma.sync tile holds (Milakov and Gimelshein 2018; base 2).
+// Online softmax of the rows that a thread holds of a tile of mma.sync or wgmma (Milakov and Gimelshein 2018; base 2).
 //
 // A thread holds kRows rows of the logits tile, and four neighbouring lanes share a row. The running sum is kept per
-// lane and joined at the end; the running maximum is joined at every block.
+// lane and joined at the end; the running maximum is joined wherever it is looked for.
 #pragma once
 
 #include "numeric.h"
@@ -23,6 +23,9 @@ __device__ __forceinline__ constexpr auto as_operand_a(Layout layout) {
   return make_layout(make_layout(get<0>(pairs), get<2, 0>(pairs)), get<1>(pairs), get<2, 1>(pairs));
 }
 
+/// For each block either advance(), then apply() to O before its products, or, where maxima are trusted, weigh(), then
+/// add() or admit(). In the end finish(), and fits() where they were trusted without admit().
+///
 /// kHeadroom: weights are 2^kHeadroom times as large, so that formats with few exponent bits hold small ones. It
 /// cancels where O is divided by the sums.
 template <int kRows, int kHeadroom = 0>
@@ -178,13 +181,14 @@ struct OnlineSoftmax {
 };
 
 /// The factor from raw logits to powers of two, and the sign that Q takes over so that it is positive. Not 0, so that
-/// a masked logit stays -inf.
+/// a masked logit stays -inf. NaN stays NaN.
 struct LogitScale {
   float magnitude_log2;
   float sign;
 
   __device__ static LogitScale of(float scale) {
-    return {fmaxf(fabsf(scale) * kLog2E, 1e-30f), scale < 0.0f ? -1.0f : 1.0f};
+    const float magnitude = fabsf(scale) * kLog2E;
+    return {magnitude < 1e-30f ? 1e-30f : magnitude, scale < 0.0f ? -1.0f : 1.0f};
   }
 };
 

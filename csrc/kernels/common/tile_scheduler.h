@@ -78,8 +78,8 @@ struct WorkTile {
     num_heads = min(plan.heads_per_tile, group - head_in_group);
     seqlen = SeqlenInfo::of(p, b);
     scale = logit_scale(p, seqlen, b);
-    k = first_row(p, p.k);
-    v = first_row(p, p.v);
+    k = first_address(p, p.k);
+    v = first_address(p, p.v);
 
     // Later positions see more keys: the longest tile has the smallest index.
     const QueryTiles<cutlass::FastDivmod> tiles(p.chunk, seqlen.position(seqlen.first_row), seqlen.kv_len, args.tiles);
@@ -100,7 +100,7 @@ struct WorkTile {
     return *tile;
   }
 
-  __device__ const void* first_row(const AttentionParams& p, const ConstTensorRef& cache) const {
+  __device__ const void* first_address(const AttentionParams& p, const ConstTensorRef& cache) const {
     int64_t offset = kv_head * cache.stride.head;
     if (p.pages.page_table == nullptr) {
       offset += (seqlen.k_row + seqlen.leftpad) * cache.stride.row;
@@ -113,8 +113,8 @@ struct WorkTile {
   __device__ bool empty() const { return positions.empty(); }
   __device__ int32_t num_positions() const { return positions.size(); }
 
-  /// Keys of one split out of the `keys` that the tile sees: equal shares in whole blocks of 64. In 32 bits, since
-  /// splits are at most 256.
+  /// Keys of one split out of the `keys` that the tile sees: equal shares in whole blocks of 64. In 32 bits, which
+  /// hold kMaxNumSplits times 64 beside any number of keys.
   __device__ static KeyRange split_window(const AttentionArgs& args, int32_t keys, int32_t split) {
     constexpr uint32_t kGranularity = 64;
     const int32_t num_splits = args.plan.num_splits;

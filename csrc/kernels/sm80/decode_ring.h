@@ -1,6 +1,7 @@
 // A warp's ring of keys and values in decode, and what fills it: cp.async.
 //
 // Loads of a warp, whatever they are made of:
+//   ring()     where they go
 //   begin()    asks for the first blocks
 //   next()     asks for one block more, and waits for the block that is next in the walk; none: its count is 0
 //   stage()    the place in the ring of that block

@@ -5,7 +5,7 @@
 // own (decode_ring.h), with an online softmax of its own, so that a load is waited for by the one warp that needs it.
 // At the end the warps' results are joined through shared memory; the results of the splits, by launch_combine.
 //
-// Shared memory: Q for the three segments (3, 16, kHeadDim) | per warp a ring of (kStages, {K, V}, kWarpKeys,
+// Shared memory: Q for the three segments (3, 16, kHeadDim) | per warp a ring of ({K, V}, kStages, kWarpKeys,
 // kHeadDim), whose place O, max and sum of the warps take at the end.
 //
 // The keys and values of a cache of e4m3 are widened between shared memory and the products (e4m3_products.h); their

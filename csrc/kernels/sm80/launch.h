@@ -2,8 +2,6 @@
 // cmake/KernelInstances.cmake.
 #pragma once
 
-#include <atomic>
-
 #include "decode_kernel.h"
 #include "launch_check.h"
 #include "prefill_kernel.h"
@@ -28,13 +26,8 @@ struct Instance {
 
   template <bool kPaged>
   static Status launch_as(const AttentionParams& params, const AttentionPlan& plan) {
-    const AttentionArgs args(params, plan);
-    static std::atomic<uint64_t> prepared{0};  // devices, by bit, that allow the kernel its shared memory
-    if (Status status = allow_shared_memory(kernel<kPaged>(), Traits::kSharedBytes, prepared); !status.ok()) {
-      return status;
-    }
-    return launch_kernel("attention", kernel<kPaged>(), plan.num_ctas, Traits::kThreads, Traits::kSharedBytes,
-                         params.exec.stream, args);
+    return launch_attention_kernel<kernel<kPaged>()>(plan.num_ctas, Traits::kThreads, Traits::kSharedBytes,
+                                                     params.exec.stream, AttentionArgs(params, plan));
   }
 
   static Status launch(const AttentionParams& params, const AttentionPlan& plan) {

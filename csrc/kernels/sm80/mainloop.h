@@ -79,7 +79,7 @@ struct NothingElse {
 
 /// acc = A B^T with A (M, K) and B (N, K) in shared memory. The loops are unrolled and the compiler reads ahead as far
 /// as registers allow; reading one step ahead by hand made the kernels of head_dim 128 spill. `meanwhile` is called
-/// behind a quarter of the products: the others are under way while its instructions are issued.
+/// after step kSteps / 4: products are under way while its instructions are issued.
 template <class Mma, class Acc, class SmemA, class SmemB, class Meanwhile = NothingElse>
 __device__ __forceinline__ void multiply_qk(Acc& acc, const SmemA& sA, const SmemB& sB, int32_t thread,
                                             Meanwhile&& meanwhile = {}) {

@@ -24,18 +24,18 @@ template <class Traits, bool kPaged>
 class PrefillTile {
   using Element = typename Traits::Element;
   using Cached = typename Traits::Cached;
-  using MmaQk = typename Traits::MmaQk;
-  using MmaPv = typename Traits::MmaPv;
+  using Mma = typename Traits::Mma;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kBlockM = Traits::kBlockM;
   static constexpr int kBlockN = Traits::kBlockN;
   static constexpr int kStages = Traits::kStages;
+  static_assert(kStages == 2);  // a block and the next take turns
   static constexpr int kRowsPerWarp = kBlockM / Traits::kWarps;
   static constexpr int kThreadRows = kRowsPerWarp / 8;
   using Softmax = OnlineSoftmax<kThreadRows, Traits::kHeadroom>;
   static constexpr bool kTrusting = Traits::kTrusting;
   // What a lane's weights of a row in a block may sum up to, so that each is finite in Element. fp16 reaches to 2^16.
-  static constexpr float kMostSum = std::is_same_v<Element, cutlass::half_t> ? 0x1p15f : Softmax::kMostSum;
+  static constexpr float kMostOfBlock = std::is_same_v<Element, cutlass::half_t> ? 0x1p15f : Softmax::kMostSum;
 
  public:
   __device__ PrefillTile(const AttentionArgs& args, const WorkTile& tile, Element* smem)
@@ -52,7 +52,7 @@ class PrefillTile {
     KeyBlock block = walk.next();
     load(block, 0);
 
-    auto acc_o = partition_fragment_C(MmaPv{}, Shape<Int<kBlockM>, Int<kHeadDim>>{});
+    auto acc_o = partition_fragment_C(Mma{}, Shape<Int<kBlockM>, Int<kHeadDim>>{});
     clear(acc_o);
     auto o = make_tensor(acc_o.data(), as_rows_and_columns(acc_o.layout()));
     Softmax softmax;
@@ -67,20 +67,20 @@ class PrefillTile {
       }
       const bool masked = !walk.in_run() && tile_.ranges.needs_mask(block, kBlockN);
       const KeyBlock next = walk.next();
-      auto acc_s = partition_fragment_C(MmaQk{}, Shape<Int<kBlockM>, Int<kBlockN>>{});
+      auto acc_s = partition_fragment_C(Mma{}, Shape<Int<kBlockM>, Int<kBlockN>>{});
       wait_for_keys(stage);
-      multiply_qk<MmaQk>(acc_s, smem_q(), smem_k(stage), thread_, [&] { load(next, stage ^ 1); });
+      multiply_qk<Mma>(acc_s, smem_q(), smem_k(stage), thread_, [&] { load(next, stage ^ 1); });
       auto s = make_tensor(acc_s.data(), as_rows_and_columns(acc_s.layout()));
       if (masked) mask_logits(s, logit_coordinates(), args_, tile_, block, 0);
-      if (!kTrusting || first || !softmax.admit(softmax.weigh(s, scale_.magnitude_log2), kMostSum)) {
+      if (!kTrusting || first || !softmax.admit(softmax.weigh(s, scale_.magnitude_log2), kMostOfBlock)) {
         if (kTrusting && !first) {  // weights too large for their dtype: the logits once more
-          multiply_qk<MmaQk>(acc_s, smem_q(), smem_k(stage), thread_);
+          multiply_qk<Mma>(acc_s, smem_q(), smem_k(stage), thread_);
           if (masked) mask_logits(s, logit_coordinates(), args_, tile_, block, 0);
         }
         softmax.apply(softmax.advance(s, scale_.magnitude_log2), o);
       }
       wait_for_values(stage);
-      multiply_pv<MmaPv>(acc_o, acc_s, smem_vt(stage), thread_);
+      multiply_pv<Mma>(acc_o, acc_s, smem_vt(stage), thread_);
       block = next;
       stage ^= 1;
     }
@@ -109,7 +109,7 @@ class PrefillTile {
   // (rows, columns) of this thread's logits -> (row, column) of the tile.
   __device__ auto logit_coordinates() const {
     const auto all = make_identity_tensor(Shape<Int<kBlockM>, Int<kBlockN>>{});
-    const auto mine = MmaQk{}.get_slice(thread_).partition_C(all);
+    const auto mine = Mma{}.get_slice(thread_).partition_C(all);
     return make_tensor(mine.data(), as_rows_and_columns(mine.layout()));
   }
 
@@ -164,7 +164,7 @@ class PrefillTile {
   __device__ void store(Acc& acc_o, Rows& o, const Softmax& softmax) {
     const OutputRows<Element> rows{args_, tile_};
     const auto all = make_identity_tensor(Shape<Int<kBlockM>, Int<kHeadDim>>{});
-    const auto mine = MmaPv{}.get_slice(thread_).partition_C(all);
+    const auto mine = Mma{}.get_slice(thread_).partition_C(all);
     const auto coordinates = make_tensor(mine.data(), as_rows_and_columns(mine.layout()));
     finish_rows(rows, softmax, o, coordinates, scale_.magnitude_log2, thread_ % 4 == 0, factor(args_.p.v_scale));
     if (args_.plan.num_splits == 1) store_rounded(acc_o, rows);
@@ -174,7 +174,7 @@ class PrefillTile {
   template <class Acc>
   __device__ void store_rounded(const Acc& acc_o, const OutputRows<Element>& rows) {
     const auto rounded = convert_fragment<Element>(acc_o);
-    const auto copy_o = make_tiled_copy_C(Copy_Atom<UniversalCopy<uint32_t>, Element>{}, MmaPv{});
+    const auto copy_o = make_tiled_copy_C(Copy_Atom<UniversalCopy<uint32_t>, Element>{}, Mma{});
     const auto thr_copy_o = copy_o.get_slice(thread_);
     __syncwarp();
     auto staging = smem_q();

@@ -84,10 +84,7 @@ struct PrefillTraits {
   static constexpr int kSharedBytes = (kBlockM * kHeadDim + 2 * (kStages * kStageElements + kWidenedElements)) * 2;
   static_assert(kSharedBytes + 1024 <= kMaxSharedBytes);  // the tile lies there too
 
-  template <class T>
-  using MmaOf = TiledMMA<MmaAtom<T>, Layout<Shape<Int<kWarps>, _1, _1>>, Tile<Int<16 * kWarps>, _16, _16>>;
-  using MmaQk = MmaOf<Element>;
-  using MmaPv = MmaOf<Element>;
+  using Mma = TiledMMA<MmaAtom<Element>, Layout<Shape<Int<kWarps>, _1, _1>>, Tile<Int<16 * kWarps>, _16, _16>>;
 };
 
 constexpr int decode_stages(int head_dim) { return head_dim <= 64 ? 4 : head_dim <= 96 ? 3 : 2; }

@@ -243,12 +243,18 @@ class Consumer {
 
   // --- Queries ---
 
-  // The warpgroup's own 64 rows. A warp writes rows of the other three as well, which may not be done with them when it
-  // is: hence the first barrier. wgmma reads Q through the async proxy: each writer makes its stores visible to it
-  // before the second.
-  __device__ void rotate_queries(const WorkTile& tile, Segment segment) {
+  // The place of the warpgroup's 64 rows of Q is also that of its results on their way out. Whoever writes there comes
+  // here first: a warp writes rows of the other three as well, which may not be done with their products yet, and TMA
+  // may still read the results of a tile before.
+  __device__ __forceinline__ void take_place_of_q() const {
     wait_for_stores();
     Barriers::warpgroup(warpgroup());
+  }
+
+  // The warpgroup's own rows. wgmma reads Q through the async proxy: each writer makes its stores visible to it before
+  // the barrier.
+  __device__ void rotate_queries(const WorkTile& tile, Segment segment) {
+    take_place_of_q();
     const int32_t first_row = warpgroup() * 64;
     load_queries<Element, 64, 128, Traits::kQueryPairsAhead>(
         args_, tile, segment, scale_of(tile).sign, smem_q(), [&](int32_t i) { return first_row + i; },
@@ -276,8 +282,8 @@ class Consumer {
     const OutputRows<Element> rows{args_, tile};
     finish_rows(rows, softmax, o, at, scale_log2, thread_ % 4 == 0, factor(args_.p.v_scale, tile));
     if (args_.plan.num_splits > 1) return;
-    Barriers::warpgroup(warpgroup());  // the last product with these rows of Q is done for all
-    stage(acc_o, o, at);
+    take_place_of_q();
+    stage_results(acc_o, o, at);
     const int32_t first_row = warpgroup() * 64;
     if (prefill_.out_by_tma && tile.num_positions() >= first_row + 64) {
       store_by_tma(rows, first_row, slot.careful);
@@ -291,7 +297,7 @@ class Consumer {
 
   // Rounded, into the place of the warpgroup's rows of Q.
   template <class Acc, class Rows, class Coordinates>
-  __device__ void stage(const Acc& acc_o, const Rows& o, const Coordinates& at) const {
+  __device__ void stage_results(const Acc& acc_o, const Rows& o, const Coordinates& at) const {
     auto staging = smem_q();
     const auto rounded = convert_fragment<Element>(acc_o);
     const auto values = make_tensor(rounded.data(), o.layout());
@@ -307,7 +313,7 @@ class Consumer {
     }
   }
 
-  // All 64 rows are the tile's. The copy runs on while the next tile begins; wait_for_stores() guards its source.
+  // All 64 rows are the tile's. The copy runs on while the next tile begins.
   // `again`: these rows may have been stored before, by a copy that must not come after this one.
   __device__ void store_by_tma(const OutputRows<Element>& rows, int32_t first_row, bool again) const {
     cutlass::arch::fence_view_async_shared();

@@ -1,7 +1,6 @@
 // Launches of compiled sm90 kernels.
 #pragma once
 
-#include <atomic>
 #include <numeric>
 
 #include "decode_kernel.h"
@@ -58,12 +57,8 @@ struct Instance {
     args.num_tiles = static_cast<int32_t>(args.attention.num_tiles());
     if (Status status = encode(params, &args); !status.ok()) return status;
     constexpr int kSharedBytes = static_cast<int>(sizeof(typename Traits::Shared));
-    static std::atomic<uint64_t> prepared{0};
-    if (Status status = allow_shared_memory(prefill_kernel<Traits>, kSharedBytes, prepared); !status.ok()) {
-      return status;
-    }
-    return launch_kernel("attention", prefill_kernel<Traits>, plan.num_ctas, Traits::kThreads, kSharedBytes,
-                         params.exec.stream, args);
+    return launch_attention_kernel<&prefill_kernel<Traits>>(plan.num_ctas, Traits::kThreads, kSharedBytes,
+                                                            params.exec.stream, args);
   }
 
   static constexpr AttentionInstance description() {
@@ -82,12 +77,8 @@ struct Instance<TileKind::Decode, kDType, kHeadDim, kCacheDType> {
     const Box box{Traits::kBoxColumns * Traits::kPacked, args.rows_per_box};
     if (Status status = encode_cache("k", params, params.k, box, &args.k); !status.ok()) return status;
     if (Status status = encode_cache("v", params, params.v, box, &args.v); !status.ok()) return status;
-    static std::atomic<uint64_t> prepared{0};
-    if (Status status = allow_shared_memory(decode_kernel<Traits>, Traits::kSharedBytes, prepared); !status.ok()) {
-      return status;
-    }
-    return launch_kernel("attention", decode_kernel<Traits>, plan.num_ctas, Traits::kThreads, Traits::kSharedBytes,
-                         params.exec.stream, args);
+    return launch_attention_kernel<&decode_kernel<Traits>>(plan.num_ctas, Traits::kThreads, Traits::kSharedBytes,
+                                                           params.exec.stream, args);
   }
 
   static constexpr AttentionInstance description() {

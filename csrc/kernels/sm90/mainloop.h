@@ -35,6 +35,7 @@ struct RingPosition {
 template <int kConsumers>
 struct ConsumerBarriers {
   using Named = cutlass::arch::NamedBarrier;
+  static_assert(Named::ReservedNamedBarrierCount + 2 + 2 * kConsumers <= Named::HardwareMaxNumNamedBarriers);
 
   /// The threads of one warpgroup.
   __device__ __forceinline__ static void warpgroup(int32_t index) {

@@ -10,7 +10,7 @@
 // (widener.h).
 //
 // Shared memory: Q (kBlockM, kHeadDim) | K ring (kStages, kBlockN, kHeadDim) | V ring | with e4m3 the rings of packed K
-// and V (kPackedStages, kBlockN, kHeadDim) | mbarriers | tiles.
+// and V (kPackedStages, kBlockN, kHeadDim) | mbarriers, and what is said of the blocks | tiles.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>

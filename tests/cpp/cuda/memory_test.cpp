@@ -148,6 +148,20 @@ TEST(CudaMerge, PartsWithoutKeysCarryNoWeightWhateverTheirOutHolds) {
   expect_merged(problem);
 }
 
+TEST(CudaMerge, NaNIsNotHidden) {
+  for (const float other : {-std::numeric_limits<float>::infinity(), 0.5f}) {
+    MergeProblem problem(DType::BFloat16, 2, 1, 2, 1, 8);
+    problem.lses[0][1] = NAN;
+    problem.lses[1][1] = other;
+    const Status status = run_operator(problem.p, problem.buffers());
+    ASSERT_TRUE(status.ok()) << status.message();
+    EXPECT_FALSE(std::isnan(problem.lse[0]));
+    EXPECT_TRUE(std::isnan(problem.lse[1]));
+    for (int32_t c = 0; c < 8; ++c) EXPECT_TRUE(std::isnan(problem.out_values()[static_cast<size_t>(8 + c)]));
+    ++kernel_cases;
+  }
+}
+
 TEST(CudaMerge, TooManyPartsAreRefused) {
   MergeProblem problem(DType::BFloat16, 65, 1, 1, 1, 8);
   const Status status = run_operator(problem.p, problem.buffers());

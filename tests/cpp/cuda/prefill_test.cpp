@@ -1,5 +1,7 @@
 // Prefill tiles against the reference: whole sequences and queries behind a cache, at the lengths where something
 // changes, in every layout.
+#include <cmath>
+
 #include "cuda_cases.h"
 
 namespace dca::testing {
@@ -230,6 +232,21 @@ TEST_P(CudaPrefillAxes, FactorsOnTheLogits) {
   kernel_cases += 3;
 }
 
+TEST_P(CudaPrefillAxes, ANaNAmongTheFactorsIsNotHidden) {
+  ProblemShape s = shape(1);
+  s.kv_lens = {41};
+  AttentionProblem problem(s);
+  AttentionParams p = problem.params();
+  const std::vector<float> temperature = {NAN};
+  p.temperature = temperature.data();
+  HostBuffers buffers = problem.buffers();
+  buffers.push_back(buffer_of(temperature));
+  const Status status = run_operator(p, buffers);
+  ASSERT_TRUE(status.ok()) << status.message();
+  for (const double x : problem.out()) ASSERT_TRUE(std::isnan(x)) << x;
+  ++kernel_cases;
+}
+
 TEST_P(CudaPrefillAxes, YarnsFactorComesFromTheLogicalLength) {
   ProblemShape s = shape(1);
   s.kv_lens = {41, 16, 17, 1};
@@ -253,6 +270,20 @@ TEST_P(CudaPrefillAxes, SegmentsAlone) {
     EXPECT_TRUE(problem.matches_reference(p, {1, 3})) << "segment " << static_cast<int>(segment);
     kernel_cases += 2;
   }
+}
+
+// Whole tiles without a key behind whole tiles with some: the results of both take the same place in a CTA.
+TEST_P(CudaPrefillAxes, SegmentsAloneOfMoreTilesThanADeviceHolds) {
+  ProblemShape s = shape(1);
+  s.num_heads = 132;
+  s.num_heads_kv = 1;
+  s.chunk = {128, 150};
+  s.kv_lens = {384};
+  AttentionProblem problem(s);
+  AttentionParams p = problem.params();
+  p.segments = SegmentSelection::Inter;
+  EXPECT_TRUE(problem.matches_reference(p, {1}));
+  ++kernel_cases;
 }
 
 TEST_P(CudaPrefillAxes, SumsOfManyBlocksDoNotDrift) {

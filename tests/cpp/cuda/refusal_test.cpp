@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "append_problem.h"
 #include "cuda_cases.h"
 
 namespace dca::testing {
@@ -48,6 +49,38 @@ TEST(CudaRefusal, Memory) {
   p = problem.params();
   p.v.stride.row += 1;
   expect_refused(p, problem, "the strides of v must be multiples of 8 elements (16 bytes) on CUDA; got ");
+}
+
+// One for all sequences: the host sees it.
+TEST(CudaRefusal, LengthsThatTheHostKnows) {
+  AttentionProblem problem(decode_shape());
+  AttentionParams p = problem.params();
+  p.cache_seqlens = nullptr;
+  p.cache_seqlen = p.seqlen_k + 1;
+  expect_refused(p, problem, "cache_seqlens must fit in the cache: each sequence needs 36 slots, and it has 35");
+  p.cache_seqlen = p.seqlen_k;
+  p.cache_seqlens_before_append = true;
+  expect_refused(p, problem, "cache_seqlens must fit in the cache: each sequence needs 36 slots, and it has 35");
+  p.cache_seqlen = -3;
+  expect_refused(p, problem, "cache_seqlens must not be negative; got -3 for each sequence");
+
+  AppendProblem append(AppendShape{});
+  AppendParams new_rows = append.p;
+  new_rows.cache_seqlens = nullptr;
+  new_rows.cache_seqlen = new_rows.cache_slots;
+  const Status status = run_operator(new_rows, append.buffers());
+  EXPECT_EQ(status.code(), StatusCode::InvalidArgument);
+  EXPECT_NE(status.message().find("cache_seqlens must fit in the cache: each sequence"), std::string::npos)
+      << status.message();
+}
+
+TEST(CudaRefusal, RowsOfNoLength) {
+  ProblemShape shape = decode_shape();
+  shape.ragged_q = true;
+  AttentionProblem problem(shape);
+  AttentionParams p = problem.params();
+  p.seqlen_q = 0;
+  expect_refused(p, problem, "the maximal sequence length of cu_seqlens_q must be at least 1 where q has rows; got 0");
 }
 
 TEST(CudaRefusal, SplitsWithoutAWorkspace) {
