@@ -338,6 +338,13 @@ MUTATIONS = [
         ("late", "race", "random"),
     ),
     Mutation(
+        "Hopper decode: both halves of a block are those of the first page",
+        SM90 + "decode_loads.h",
+        "first_key(block) + piece * Traits::kLeastBoxRows;",
+        "first_key(block);",
+        tests="*E4M3*",
+    ),
+    Mutation(
         "Hopper e4m3 wait: a block is widened before it has come",
         SM90 + "widener.h",
         "    Barrier::wait(&packed_full[from.stage()], from.phase());\n",
@@ -413,7 +420,7 @@ OPTIONS = [
     *("-DDCA_CUDA=ON", "-DDCA_BUILD_TESTS=ON", "-DDCA_CUDA_STATIC_RUNTIME=OFF", "-DDCA_CUDA_ARCHITECTURES=80;90a"),
     "-DDCA_CUDA_ALLOW_SPILLS=ON",
     "-DDCA_CUDA_INSTANCES=prefill-bf16-64;decode-bf16-64;prefill-bf16-64-e4m3;decode-bf16-64-e4m3;"
-    "sm90-prefill-bf16-64;sm90-prefill-bf16-64-e4m3;sm90-decode-bf16-64",
+    "sm90-prefill-bf16-64;sm90-prefill-bf16-64-e4m3;sm90-decode-bf16-64;sm90-decode-bf16-64-e4m3",
     f"-DCUTLASS_DIR={cutlass_dir()}",
 ]
 
