@@ -1,10 +1,12 @@
 // A consumer warpgroup: 64 query rows of each tile through all blocks of keys, one online softmax for all segments.
 #pragma once
 
+#include <cute/arch/copy_sm90_tma.hpp>
+
 #include "e4m3.h"
 #include "mainloop.h"
 #include "output_rows.h"
-#include "producer.h"
+#include "prefill_args.h"
 
 namespace dca::cuda::sm90 {
 

@@ -5,18 +5,9 @@
 
 #include "key_source.h"
 #include "mainloop.h"
+#include "prefill_args.h"
 
 namespace dca::cuda::sm90 {
-
-struct PrefillArgs {
-  AttentionArgs attention;
-  CUtensorMap k;
-  CUtensorMap v;
-  CUtensorMap out;
-  int32_t num_tiles;
-  int32_t rows_per_box;  ///< of K and V: kBlockN, or what divides it and the page
-  bool out_by_tma;       ///< tiles of one head whose rows TMA can store
-};
 
 /// The tiles of a CTA: one of each round of gridDim.x tiles, alternately counted from the front and from the back of
 /// the round. Tiles are ordered by length, so that all CTAs get nearly the same work.
