@@ -53,6 +53,12 @@ def require_no_tangents(*tensors: object) -> None:
             raise NotImplementedError("dca_ext's operators have no forward-mode derivative; call them without tangents")
 
 
+def require_no_grad_of_caches(*caches: Tensor) -> None:
+    """Caches that are written belong to no graph: what they held before would get the gradients of what they hold."""
+    if torch.is_grad_enabled() and any(cache.requires_grad for cache in caches):
+        raise NotImplementedError("caches that are written must not require grad; detach them, or use torch.no_grad()")
+
+
 def require_bools(**flags: object) -> None:
     """True or False each."""
     for name, value in flags.items():

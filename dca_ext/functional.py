@@ -21,6 +21,9 @@ num_heads_kv. Both caches may hold 8-bit numbers instead, half the size of bfloa
   magnitude of the row / 127. The number is x / scale, rounded to nearest even. A row of zeros has scale 0; one with a
   NaN or an infinity has scale NaN and numbers 0, so that it stays NaN for every query that sees it.
 
+Operators that write take caches that are tensors of their own: none expanded, not one for both, and with torch.compile
+before torch 2.13 no views of one tensor, whose copies inductor mixed up. They belong to no autograd graph.
+
 Rows that see no key give out = 0 and lse = -inf. Work is that of causal attention: 4 * head_dim * num_heads FLOP per
 visible key.
 
@@ -45,6 +48,7 @@ from dca_ext.arguments import (
     require_borders,
     require_config,
     require_int,
+    require_no_grad_of_caches,
     require_no_tangents,
     require_number_or_none,
     require_pair,
@@ -276,7 +280,7 @@ def rotate_and_append_kv(
     Raises:
         ValueError: among others, for scales with caches of other dtypes, for scales of a float8_e4m3fn cache that are
             not finite and above 0, and for an int8 cache without scales.
-        NotImplementedError: if k or v requires grad and grad mode is on: no gradient flows into a cache.
+        NotImplementedError: if k, v or a cache requires grad and grad mode is on: no gradient flows into a cache.
     """
     require_tensors(k=k, v=v, k_cache=k_cache, v_cache=v_cache, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
     require_tensors_or_none(cache_leftpad=cache_leftpad, page_table=page_table)
@@ -284,6 +288,7 @@ def rotate_and_append_kv(
     require_borders(cu_seqlens_q, max_seqlen_q)
     require_bools(interleaved=interleaved)
     require_no_tangents(k, v)
+    require_no_grad_of_caches(k_cache, v_cache)
     if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
         raise NotImplementedError(
             "dca_ext::rotate_and_append_kv has no backward; run it under torch.no_grad() or detach k and v"
@@ -561,6 +566,7 @@ def _attention(
             torch.ops.dca_ext.attention, q, k, v, *geometry, segment, *rows, *key_rows, *layout, *read, *options
         )
     else:
+        require_no_grad_of_caches(k, v)
         written = split_written_scales(k_scale, v_scale, k, v)
         out, lse = _append_and_attend(q, *appended, k, v, *geometry, *rows, *layout, *written, *options)
     return (out, lse) if return_lse else out

@@ -5,7 +5,7 @@ The kernels are in ``csrc``; the schemas are in ``csrc/torch/operators.cpp``. `d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,33 @@ _load()
 def call(operator: Callable[..., Any], *arguments: object) -> Any:
     """The operator's results; what it refuses is a ValueError, also where torch makes every error a RuntimeError."""
     try:
-        return operator(*arguments)
+        result = operator(*arguments)
     except RuntimeError as error:
         refusal = torch.ops.dca_ext.last_refusal()
         if refusal and str(error).startswith(refusal):
             raise ValueError(refusal) from None
         raise
+    if operator in _WRITTEN and not torch.compiler.is_compiling():
+        _tell_autograd(arguments[i] for i in _WRITTEN[operator])
+    return result
+
+
+#: Of operators that write into arguments, the places of these.
+_WRITTEN: dict[Callable[..., Any], list[int]] = {
+    operator: [
+        i
+        for i, argument in enumerate(operator.default._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    for operator in (torch.ops.dca_ext.append_and_attend, torch.ops.dca_ext.rotate_and_append_kv)
+}
+
+
+def _tell_autograd(written: Iterable[object]) -> None:
+    """What was saved for a backward has changed; torch finds that out by the version of a tensor."""
+    for tensor in written:
+        if isinstance(tensor, Tensor) and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 # --- Output shapes for tracing: fake tensors in, fake tensors out -----------------------------------------------------

@@ -91,6 +91,8 @@ RAGGED = {
     "decreasing": (dict(cu_seqlens_q=lengths(0, 3, 2)), "must not decrease; entry 2 is 2 after 3"),
     "not to the end": (dict(cu_seqlens_q=lengths(0, 3, 5)), r"must end at the number of rows \(6\); got 5"),
     "longer than the maximum": (dict(max_seqlen_q=2), "got 2, and sequence 0 has 3 rows"),
+    "a maximum of 0": (dict(max_seqlen_q=0), "and sequence 0 has 3 rows"),
+    "a negative maximum": (dict(max_seqlen_q=-1), "max_seqlen_q must not be negative; got -1"),
     "empty": (dict(cu_seqlens_q=lengths()), r"must have batch \+ 1 entries in one dimension; got shape \(0\)"),
     "rows of k": (dict(k=torch.randn(5, KV_HEADS, DIM)), r"k must have as many rows as q \(6\); got 5"),
 }
@@ -120,6 +122,14 @@ CACHED = {
     "k without v": (dict(v=None), "k and v go together; got k without v"),
     "other rows in k": (dict(k=kv_of(seqlen=2)[0]), "k must have as many rows as q"),
     "cache dtype": (dict(k_cache=torch.zeros(2, 10, KV_HEADS, DIM).bfloat16()), "k_cache .* dtype .*; got bfloat16"),
+    "expanded cache": (
+        dict(k_cache=torch.zeros(1, 10, KV_HEADS, DIM).expand(2, -1, -1, -1)),
+        "k_cache is written, so its elements must not share memory; got an expanded tensor, with a stride of 0 in dim",
+    ),
+    "one cache for both": (
+        dict.fromkeys(("k_cache", "v_cache"), torch.zeros(2, 10, KV_HEADS, DIM)),
+        "k_cache and v_cache are written, so they must not be the same memory",
+    ),
     "cache heads": (dict(k_cache=torch.zeros(2, 10, 3, DIM)), r"k_cache must have shape \(2, 10, 2, 16\); got"),
     "heads": (dict(q=q_of(heads=3)), r"num_heads must be a positive multiple of num_heads_kv \(2\); got 3"),
     "no heads": (dict(q=q_of(heads=0)), r"num_heads must be a positive multiple of num_heads_kv \(2\); got 0"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from oracle import SMALL, empty_cache, ragged_borders, tables
 from torch._inductor.utils import run_and_get_code
+from torch.torch_version import TorchVersion
 
 import dca_ext
 from dca_ext import (
@@ -168,6 +169,43 @@ def test_backward_through_a_cache_says_so_too(which):
         if which:
             with pytest.raises(NotImplementedError, match="rotate_and_append_kv has no backward"):
                 rotate_and_append_kv(k, v, cache.k, cache.v, COS, SIN, SMALL, cache_seqlens=0)
+
+
+def test_autograd_learns_that_a_cache_was_written():
+    k, v = qkv(seqlen=3)[1:]
+    caches = tuple(torch.zeros(2, 64, KV_HEADS, DIM) for _ in range(2))
+    weights = torch.ones_like(caches[0], requires_grad=True)
+    with torch.enable_grad():
+        product = (weights * caches[0]).sum()  # saves the cache
+        rotate_and_append_kv(k, v, *caches, COS, SIN, SMALL, cache_seqlens=0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_caches_that_require_grad_are_refused(which):
+    q, k, v = qkv(seqlen=3)
+    caches = [torch.zeros(2, 64, KV_HEADS, DIM) for _ in range(2)]
+    caches[which].requires_grad_()
+    with torch.enable_grad():
+        for call in (
+            lambda: rotate_and_append_kv(k, v, *caches, COS, SIN, SMALL, cache_seqlens=0),
+            lambda: dca_attention_with_kvcache(q, *caches, COS, SIN, SMALL, k=k, v=v, cache_seqlens=0),
+        ):
+            with pytest.raises(NotImplementedError, match="caches that are written must not require grad"):
+                call()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own import
+@pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.13", reason="inductor before 2.13 mixes up views"
+)
+def test_compiled_appends_to_views_of_one_tensor():
+    q, k, v = qkv(seqlen=3)
+    pools = [torch.zeros(2, 2, 64, KV_HEADS, DIM) for _ in range(2)]
+    out = torch.compile(cached_call, fullgraph=True)(q, k, v, *pools[0], 0)
+    torch.testing.assert_close(out, cached_call(q, k, v, *pools[1], 0))
+    assert torch.equal(pools[0], pools[1])
 
 
 def test_merge_has_no_backward_either():

@@ -2,9 +2,13 @@
 // one holds the pool runs on its own thread alone, which is slower and never waits.
 #include "threading.h"
 
+#include <pthread.h>
+
 #include <condition_variable>
 #include <cstdlib>
+#include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -13,8 +17,14 @@ namespace {
 
 class ThreadPool {
  public:
+  /// Or as many threads as the system lets it have.
   explicit ThreadPool(int32_t num_threads) {
-    for (int32_t i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { loop(i); });
+    threads_.reserve(static_cast<size_t>(num_threads));
+    try {
+      for (int32_t i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { loop(i); });
+    } catch (const std::system_error&) {
+      // No thread more: the call's own and those that there are do the work.
+    }
   }
 
   ~ThreadPool() {
@@ -36,8 +46,8 @@ class ThreadPool {
       std::lock_guard<std::mutex> lock(mutex_);
       worker_ = worker;
       context_ = context;
-      active_ = num_threads;
-      running_ = num_threads - 1;
+      active_ = std::min(num_threads, static_cast<int32_t>(threads_.size()) + 1);
+      running_ = active_ - 1;
       ++generation_;
     }
     wake_.notify_all();
@@ -91,9 +101,33 @@ int32_t default_size() {
   return size;
 }
 
+/// The pool of this process. fork() copies the object without its threads: the child leaves it alone and starts one of
+/// its own.
+class PoolOfProcess {
+ public:
+  PoolOfProcess() {
+    pthread_atfork(nullptr, nullptr, [] { current().store(nullptr); });
+  }
+  ~PoolOfProcess() { delete current().exchange(nullptr); }
+
+  ThreadPool& get() {
+    if (ThreadPool* const pool = current().load()) return *pool;
+    auto fresh = std::make_unique<ThreadPool>(default_size());
+    ThreadPool* first = nullptr;
+    if (!current().compare_exchange_strong(first, fresh.get())) return *first;  // another call was faster
+    return *fresh.release();
+  }
+
+ private:
+  static std::atomic<ThreadPool*>& current() {
+    static std::atomic<ThreadPool*> pool{nullptr};
+    return pool;
+  }
+};
+
 void run_on_pool(int32_t num_threads, void (*worker)(int32_t, void*), void* context) {
-  static ThreadPool pool(default_size());
-  pool.run(num_threads, worker, context);
+  static PoolOfProcess pool;
+  pool.get().run(num_threads, worker, context);
 }
 
 }  // namespace

@@ -87,13 +87,32 @@ struct Choice {
   AttentionPlan plan;
 };
 
+// Ten times the oldest compute capability that this build has code for.
+int32_t oldest_architecture() {
+  const std::string_view names = compiled_architectures();  // "sm_80,sm_90a"
+  int32_t oldest = INT32_MAX;
+  for (size_t at = names.find("sm_"); at != std::string_view::npos; at = names.find("sm_", at + 1)) {
+    oldest = std::min(oldest, static_cast<int32_t>(std::atoi(names.data() + at + 3)));
+  }
+  return oldest;
+}
+
+std::string as_capability(int32_t number) { return std::to_string(number / 10) + "." + std::to_string(number % 10); }
+
+// The current device, if it can run the kernels of this build.
+Status usable_device(DeviceProperties* device) {
+  if (Status status = current_device(device); !status.ok()) return status;
+  const int32_t capability = 10 * device->major + device->minor;
+  static const int32_t needed = oldest_architecture();
+  if (capability >= needed) return {};
+  return {StatusCode::Unavailable, "the CUDA kernels of this build (" + std::string(compiled_architectures()) +
+                                       ") need a GPU of compute capability " + as_capability(needed) +
+                                       " or newer; this one has " + as_capability(capability)};
+}
+
 Status choose(const AttentionParams& p, Choice* choice) {
   DeviceProperties device;
-  if (Status status = current_device(&device); !status.ok()) return status;
-  if (device.major < 8) {
-    return {StatusCode::Unavailable, "the CUDA kernels need a GPU of compute capability 8.0 or newer; this one has " +
-                                         std::to_string(device.major) + "." + std::to_string(device.minor)};
-  }
+  if (Status status = usable_device(&device); !status.ok()) return status;
   const int32_t group = p.num_heads / p.num_heads_kv;
   const bool few_rows = cuda_prefers_decode_tiles(group, p.seqlen_q);
   const TileKind wanted = few_rows ? TileKind::Decode : TileKind::Prefill;
@@ -107,8 +126,8 @@ Status choose(const AttentionParams& p, Choice* choice) {
   plan.heads_per_tile = shape.heads;
   plan.positions_per_tile = shape.positions;
   plan.num_head_tiles = (group + shape.heads - 1) / shape.heads;
-  plan.num_query_tiles = static_cast<int32_t>(QueryTiles<>::max_count(p.chunk, p.seqlen_q, shape.positions));
-  const int64_t tiles = static_cast<int64_t>(plan.num_query_tiles) * p.batch * p.num_heads_kv * plan.num_head_tiles;
+  const int64_t query_tiles = QueryTiles<>::max_count(p.chunk, p.seqlen_q, shape.positions);
+  const int64_t tiles = query_tiles * p.batch * p.num_heads_kv * plan.num_head_tiles;
   const int32_t slots = device.multiprocessors * choice->instance->ctas_per_sm;
   const bool equal_tiles = choice->instance->kind == TileKind::Decode;
   plan.num_splits = p.num_splits > 0 ? p.num_splits : cuda_num_splits(tiles, slots, p.seqlen_k, equal_tiles);
@@ -116,6 +135,7 @@ Status choose(const AttentionParams& p, Choice* choice) {
     return {StatusCode::InvalidArgument, "attention: the batch is too large for one launch; got " +
                                              std::to_string(tiles * plan.num_splits) + " tiles"};
   }
+  plan.num_query_tiles = static_cast<int32_t>(query_tiles);
   const bool equal_lengths = p.cu_seqlens_q == nullptr && p.cu_seqlens_k == nullptr && p.cache_seqlens == nullptr &&
                              p.cache_leftpad == nullptr;
   plan.num_ctas = cuda_num_ctas(tiles * plan.num_splits, slots, choice->instance->persistent, equal_lengths);
@@ -183,11 +203,21 @@ Status describe_attention(const AttentionParams& p, std::string* kernel) {
   return {};
 }
 
-Status rotate_keys(const RotateKeysParams& p) { return launch_rotate_keys(p); }
+Status rotate_keys(const RotateKeysParams& p) {
+  DeviceProperties device;
+  if (Status status = usable_device(&device); !status.ok()) return status;
+  return launch_rotate_keys(p);
+}
 
-Status rotate_and_append_kv(const AppendParams& p) { return launch_rotate_and_append_kv(p); }
+Status rotate_and_append_kv(const AppendParams& p) {
+  DeviceProperties device;
+  if (Status status = usable_device(&device); !status.ok()) return status;
+  return launch_rotate_and_append_kv(p);
+}
 
 Status merge_attention_states(const MergeParams& p) {
+  DeviceProperties device;
+  if (Status status = usable_device(&device); !status.ok()) return status;
   if (p.num_parts > kMaxMergeParts) {
     return {StatusCode::InvalidArgument, "outs and lses must have at most " + std::to_string(kMaxMergeParts) +
                                              " parts on CUDA; got " + std::to_string(p.num_parts)};

@@ -28,6 +28,18 @@ int64_t batch_of(const char* name, const OptionalTensor& cu_seqlens, const Tenso
   return cu_seqlens->size(0) - 1;
 }
 
+/// The longest of ragged sequences.
+int32_t longest(const char* name, int64_t max_seqlen) {
+  if (max_seqlen < 0) refuse(std::string(name) + " must not be negative; got " + std::to_string(max_seqlen));
+  return to_int32(name, max_seqlen);
+}
+
+/// Of a sequence in a cache (batch, slots, heads, head_dim), or in pages.
+int32_t slots_of(bool paged, const PageTable& pages, const Tensor& cache) {
+  return to_int32("the slots of a sequence",
+                  paged ? static_cast<int64_t>(pages.max_pages) * pages.page_size : cache.size(1));
+}
+
 /// An attention ready to run: its parameters and the memory that they point to.
 struct AttentionCall {
   AttentionParams p;
@@ -78,12 +90,10 @@ AttentionCall attention_call(const DeviceScope& scope, const Tensor& q, const Te
   p.num_heads = to_int32("num_heads", q.size(q_heads));
   p.num_heads_kv = to_int32("num_heads_kv", k.size(k_heads));
   p.head_dim = to_int32("head_dim", q.size(q_heads + 1));
-  p.seqlen_q = to_int32("max_seqlen_q", ragged_q ? max_seqlen_q : q.size(1));
+  p.seqlen_q = ragged_q ? longest("max_seqlen_q", max_seqlen_q) : to_int32("the rows of q", q.size(1));
   p.total_q = ragged_q ? q.size(0) : 0;
   p.pages = page_table(pages, k, q, batch);
-  p.seqlen_k = to_int32("seqlen_k", ragged_k            ? max_seqlen_k
-                                    : pages.has_value() ? static_cast<int64_t>(p.pages.max_pages) * p.pages.page_size
-                                                        : k.size(1));
+  p.seqlen_k = ragged_k ? longest("max_seqlen_k", max_seqlen_k) : slots_of(pages.has_value(), p.pages, k);
   p.total_k = ragged_k ? k.size(0) : 0;
   p.q = const_ref(q);
   p.k = const_ref(k);
@@ -160,7 +170,7 @@ void fill_new_rows(Params& p, const DeviceScope& scope, const Tensor& k, const T
   p.batch = to_int32("batch", batch);
   p.num_heads_kv = to_int32("num_heads_kv", k.size(k.dim() - 2));
   p.head_dim = to_int32("head_dim", k.size(k.dim() - 1));
-  p.seqlen_k = to_int32("max_seqlen_q", ragged ? max_seqlen : k.size(1));
+  p.seqlen_k = ragged ? longest("max_seqlen_q", max_seqlen) : to_int32("the rows of k", k.size(1));
   p.total_k = ragged ? k.size(0) : 0;
   p.k = const_ref(k);
   p.cu_seqlens_k = int32_vector("cu_seqlens_q", cu_seqlens, k, batch + 1);
@@ -212,18 +222,20 @@ AppendParams append_params(const DeviceScope& scope, const Tensor& k, const Tens
   check_shape("k_cache", k_cache, {cache_batch, k_cache.size(1), p.num_heads_kv, p.head_dim});
   check_shape("v_cache", v_cache, {cache_batch, k_cache.size(1), p.num_heads_kv, p.head_dim});
   p.v = const_ref(v);
+  check_written_once("k_cache", k_cache, "v_cache", v_cache);
   p.k_cache = ref(k_cache);
   p.v_cache = ref(v_cache);
   if (p.cache_dtype != DType::Int8) {
     p.k_scale = cache_scale("k_scale", k_scale, k_scale_value, k_cache, p.cache_dtype, p.num_heads_kv);
     p.v_scale = cache_scale("v_scale", v_scale, v_scale_value, v_cache, p.cache_dtype, p.num_heads_kv);
   }
+  if (k_scale_out.has_value() && v_scale_out.has_value()) {
+    check_written_once("k_scale", *k_scale_out, "v_scale", *v_scale_out);
+  }
   p.k_scale_out = cache_scale_ref("k_scale", k_scale_out, k_cache, p.cache_dtype);
   p.v_scale_out = cache_scale_ref("v_scale", v_scale_out, v_cache, p.cache_dtype);
   p.pages = page_table(pages, k_cache, k, p.batch);
-  p.cache_slots =
-      to_int32("the slots of a sequence",
-               pages.has_value() ? static_cast<int64_t>(p.pages.max_pages) * p.pages.page_size : k_cache.size(1));
+  p.cache_slots = slots_of(pages.has_value(), p.pages, k_cache);
   return p;
 }
 

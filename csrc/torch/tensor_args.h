@@ -160,6 +160,22 @@ inline Strides strides_of(const Tensor& t) {
 inline ConstTensorRef const_ref(const Tensor& t) { return {t.const_data_ptr(), strides_of(t)}; }
 inline TensorRef ref(const Tensor& t) { return {t.mutable_data_ptr(), strides_of(t)}; }
 
+/// No two elements of tensors that are written may lie in one place: not of an expanded one, nor of one given twice.
+inline void check_written_once(const char* first_name, const Tensor& first, const char* second_name,
+                               const Tensor& second) {
+  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{first_name, first}, {second_name, second}}) {
+    for (int64_t d = 0; d < t.dim(); ++d) {
+      if (t.size(d) > 1 && t.stride(d) == 0) {
+        refuse(std::string(name) + " is written, so its elements must not share memory; got an expanded tensor, with " +
+               "a stride of 0 in dimension " + std::to_string(d));
+      }
+    }
+  }
+  if (first.numel() > 0 && first.const_data_ptr() == second.const_data_ptr()) {
+    refuse(std::string(first_name) + " and " + second_name + " are written, so they must not be the same memory");
+  }
+}
+
 /// int32 (size) on q's device, contiguous; nullptr if absent.
 inline const int32_t* int32_vector(const char* name, const OptionalTensor& t, const Tensor& q, int64_t size) {
   if (!t.has_value()) return nullptr;

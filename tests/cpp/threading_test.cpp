@@ -1,6 +1,10 @@
 // The result must not depend on who runs the tasks, how many there are, or in which order they come.
 #include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
+#include <functional>
 #include <thread>
 #include <vector>
 
@@ -55,6 +59,37 @@ TEST(Threading, AnyExecutorGivesTheSameBits) {
       }
     }
   }
+}
+
+// What `child` returns in a process of its own, forked from this one; 99: it did not end.
+int in_a_child(const std::function<bool()>& child) {
+  const pid_t pid = fork();
+  if (pid == 0) {
+    alarm(20);
+    _exit(child() ? 0 : 1);
+  }
+  int status = 0;
+  waitpid(pid, &status, 0);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : 99;
+}
+
+TEST(Threading, AChildProcessHasAPoolOfItsOwn) {
+  AttentionProblem problem(mixed_batch());
+  ASSERT_TRUE(problem.matches_reference(problem.params()));
+  EXPECT_EQ(in_a_child([&] { return static_cast<bool>(problem.matches_reference(problem.params())); }), 0);
+}
+
+// Where the system has no thread more: here, no memory for its stack.
+TEST(Threading, FewerThreadsThanWantedWillDo) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "a sanitizer takes more memory than the limit of this test leaves";
+#endif
+  AttentionProblem problem(mixed_batch());
+  const int result = in_a_child([&] {
+    const rlimit limit{1 << 20, 1 << 20};
+    return setrlimit(RLIMIT_AS, &limit) == 0 && static_cast<bool>(problem.matches_reference(problem.params()));
+  });
+  EXPECT_EQ(result, 0);
 }
 
 TEST(Threading, ChosenSplitsMatchTheReferenceForAnyThreadCount) {
