@@ -185,7 +185,7 @@ class DualChunkAttention(nn.Module):
         if hidden_states.shape[0] != 1:
             raise ValueError(f"cu_seq_lens_q needs a batch of one packed row; got {hidden_states.shape[0]} rows")
         before = slots_in_use(past_key_values, self.layer_idx)
-        if not isinstance(before, int) or before > 0:
+        if isinstance(before, Tensor) or before > 0:
             raise ValueError("cu_seq_lens_q must come without cached tokens: packed sequences are not continued")
         q, k, v = self.project(hidden_states)
         cos, sin = self.rotary_tables.on(q.device)

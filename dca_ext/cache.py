@@ -41,8 +41,8 @@ def slots_in_use(past_key_values: Any, layer_idx: int) -> int | Tensor:
 
 
 def per_sequence(slots: int | Tensor, batch: int) -> int | Tensor:
-    """A slot count as the operators take it: an int, or an int32 tensor (batch,)."""
-    return slots if isinstance(slots, int) else slots.to(torch.int32).expand(batch).contiguous()
+    """A slot count as the operators take it: an int, torch.export's symbol for one, or an int32 tensor (batch,)."""
+    return slots.to(torch.int32).expand(batch).contiguous() if isinstance(slots, Tensor) else slots
 
 
 def left_padding(
@@ -169,7 +169,7 @@ def _visible_in_last_row(mask: Tensor) -> Tensor:
 
 def _slots_of_call(visible: Tensor, before: int | Tensor, seqlen: int) -> Tensor:
     """The columns of ``visible`` (rows, slots) up to the last token of the call, where that is known."""
-    if not isinstance(before, int):
+    if isinstance(before, Tensor):
         return visible
     if visible.shape[1] < before + seqlen:
         raise ValueError(

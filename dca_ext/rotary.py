@@ -104,7 +104,10 @@ class RotaryTables:
         """cos and sin on ``device``: fp32, contiguous, (rows, rotary_dim / 2), row p for position p."""
         tables = self._by_device.get(device)
         if tables is None:
-            tables = self._by_device[device] = _build_tables(self.inv_freq, self.attention_scaling, self.rows, device)
+            tables = _build_tables(self.inv_freq, self.attention_scaling, self.rows, device)
+            # What torch.export and other fake runs build has no values, or belongs to their graph alone.
+            if type(tables[0]) is Tensor:
+                self._by_device[device] = tables
         return tables
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RotaryTables:

@@ -134,3 +134,26 @@ def test_a_model_that_is_compiled_before_it_ever_ran(plain, dca, fresh_compiler)
     assert list(tables._by_device) == [torch.device("cpu")]
     cos, sin = tables.on(torch.device("cpu"))
     torch.testing.assert_close(cos**2 + sin**2, torch.ones_like(cos))
+
+
+def test_what_fake_runs_build_is_not_kept(dca):
+    """The tables are shared by all models of the process, whose later calls would give fake tensors."""
+    tables = dca.model.layers[0].self_attn.rotary_tables
+    tables._by_device.clear()
+    ids = tokens(2, 17)
+    with torch.no_grad():
+        exported = torch.export.export(dca, (), {"input_ids": ids, "use_cache": False}).module()
+        assert type(tables.on(torch.device("cpu"))[0]) is torch.Tensor
+        assert_same(exported(input_ids=ids, use_cache=False).logits, logits(dca, ids), 1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_export_with_a_free_length(dca, padded):
+    def inputs(length):
+        mask = {"attention_mask": torch.ones(2, length, dtype=torch.long)} if padded else {}
+        return {"input_ids": tokens(2, length), **mask, "use_cache": False}
+
+    free = {name: None if name == "use_cache" else {1: torch.export.Dim.AUTO} for name in inputs(1)}
+    exported = torch.export.export(dca, (), inputs(17), dynamic_shapes=free).module()
+    with torch.no_grad():
+        assert_same(exported(**inputs(29)).logits, dca(**inputs(29)).logits, 1e-5)
