@@ -5,7 +5,7 @@ transformers passes around: how many slots are in use before the call, and how m
 (`cache_leftpad` of the operators). The logical position of a token is its slot minus the padding.
 
 Values in device tensors are not read, since that would wait for the device. What can only be seen by reading is
-checked on the CPU, on a device if DCA_CHECK=1, and never while torch.compile traces.
+checked on the CPU, on a device if DCA_CHECK=1, and never in fake tensors or while torch.compile traces.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -29,6 +31,9 @@ ATTN_IMPLEMENTATION = "dca"
 
 #: An additive mask may hold zeros and, where nothing is to be seen, values at or below this.
 _MASKED_AT_MOST = -1e4
+
+#: 4-D masks that were found causal, and with what: all layers of a pass get the same one.
+_FOUND_CAUSAL = WeakTensorKeyDictionary()
 
 
 def slots_in_use(past_key_values: Any, layer_idx: int) -> int | Tensor:
@@ -52,9 +57,9 @@ def left_padding(
 
     Args:
         attention_mask: as transformers' decoder layers receive it. 2-D (batch, slots), nonzero at tokens: leading
-            zeros are padding. 4-D (batch, heads, seqlen, slots), bool or additive: the same from its last query row.
-            1-D (batch,): the padding itself, from `leftpad_mask`. None: the padding follows from ``position_ids``,
-            the last of which belongs to the last slot.
+            zeros are padding. 4-D (batch, heads, seqlen, slots), bool or additive: the same from its last query row;
+            the others must be causal, except those of padding. 1-D (batch,): the padding itself, from `leftpad_mask`.
+            None: the padding follows from ``position_ids``, the last of which belongs to the last slot.
         position_ids: int64 (batch or 1, seqlen), or None. A single row on a device is taken for transformers' own
             count of the slots, without padding.
         before: slots in use before the call.
@@ -64,8 +69,9 @@ def left_padding(
         int32 (batch,), or None if there is no padding, or none can be seen without reading a device tensor.
 
     Raises:
-        ValueError: for a mask of another shape, a mask with holes, an additive mask that is a bias, and for
-            position_ids that restart or that end beyond the last slot.
+        ValueError: for a mask of another shape, a mask with holes, a 4-D mask that is not causal, an additive mask
+            that is a bias, and for position_ids that restart or that end beyond the last slot; without a mask, for
+            position_ids that do not count up by one to their last.
     """
     if position_ids is not None:
         _check_shape("position_ids", position_ids, (2,), batch)
@@ -74,7 +80,9 @@ def left_padding(
     else:
         leftpad = _padding_from_mask(attention_mask, before, batch, seqlen)
     if position_ids is not None and _may_read(position_ids):
-        _require_one_sequence_per_row(position_ids, leftpad, before)
+        _require_one_sequence_per_row(position_ids, leftpad, before, masked=attention_mask is not None)
+    if leftpad is not None and attention_mask is not None and attention_mask.dim() == 4:
+        _require_causal(attention_mask, leftpad, before, seqlen)
     if leftpad is None or (_may_read(leftpad) and not leftpad.any()):
         return None
     return leftpad.expand(batch).contiguous()
@@ -127,7 +135,7 @@ AttentionInterface.register(ATTN_IMPLEMENTATION, attend_left_alone)
 
 def _may_read(tensor: Tensor) -> bool:
     """Whether values may decide the control flow: they are on the host, or the user asked for checks."""
-    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+    if torch.compiler.is_compiling() or tensor.device.type == "meta" or isinstance(tensor, FakeTensor):
         return False
     return tensor.device.type == "cpu" or os.environ.get("DCA_CHECK", "0") == "1"
 
@@ -145,6 +153,10 @@ def _padding_from_mask(attention_mask: Any, before: int | Tensor, batch: int, se
     _check_shape("attention_mask", attention_mask, (1, 2, 4), batch)
     if attention_mask.dim() == 1:
         return attention_mask.to(torch.int32)
+    if attention_mask.dim() == 4 and attention_mask.shape[2] != seqlen:
+        raise ValueError(
+            f"a 4-D attention_mask must have a row for each of the {seqlen} new tokens; got {attention_mask.shape[2]}"
+        )
     visible = attention_mask.bool() if attention_mask.dim() == 2 else _visible_in_last_row(attention_mask)
     leftpad = _leading_false(_slots_of_call(visible, before, seqlen))
     if isinstance(before, Tensor):
@@ -205,10 +217,53 @@ def _padding_from_positions(position_ids: Tensor, before: int | Tensor, seqlen: 
     return leftpad
 
 
-def _require_one_sequence_per_row(position_ids: Tensor, leftpad: Tensor | None, before: int | Tensor) -> None:
+def _require_causal(mask: Tensor, leftpad: Tensor, before: int | Tensor, seqlen: int) -> None:
+    """Refuses a 4-D mask that is not the causal one of the sequences that its last row shows."""
+    if isinstance(before, Tensor) or mask.numel() == 0 or not _may_read(mask):
+        return
+    # Tensors of inference mode do not tell whether they were written to since.
+    found = None if mask.is_inference() else (mask._version, before)
+    if found is not None and _FOUND_CAUSAL.get(mask) == found:
+        return
+    # An expanded dimension of heads holds one mask many times.
+    seen = (mask if mask.stride(1) else mask[:, :1])[..., : before + seqlen]
+    rows = _rows_not_causal(seen if seen.dtype == torch.bool else seen == 0, leftpad.long()[:, None, None], before)
+    if rows.any():
+        b, row = rows.nonzero()[0].tolist()
+        raise ValueError(
+            "a 4-D attention_mask must be causal from the first token of a sequence to its last; "
+            f"got another row {row} for sequence {b}: Dual Chunk Attention has no sliding windows and no bidirectional "
+            "prefixes, and takes packed sequences by cu_seq_lens_q"
+        )
+    if found is not None:
+        _FOUND_CAUSAL[mask] = found
+
+
+def _rows_not_causal(seen: Tensor, leftpad: Tensor, before: int) -> Tensor:
+    """Which rows of ``seen`` (batch, heads, seqlen, slots) are wrong: bool (batch, seqlen). Those of tokens must see
+    the sequence up to themselves. Those in front, leftpad (batch, 1, 1), may see anything but a sequence of their own:
+    two slots or more and nothing behind themselves."""
+    slots = torch.arange(seen.shape[-1], device=seen.device)
+    own = slots[before:]
+    end = (seen[:, 0, -1:] * (slots + 1)).amax(dim=-1)
+    of_token = (own >= leftpad[:, 0]) & (own < end)
+    causal = (slots >= leftpad) & (slots <= own[:, None])
+    wrong = of_token & (seen != causal[:, None]).any(dim=-1).any(dim=1)
+    front = seen[:, :, : max(int(leftpad.max()) - before, 0)]
+    own = own[: front.shape[2]]
+    other = (front.sum(dim=-1) > 1) & ~(front & (slots > own[:, None])).any(dim=-1) & (own < leftpad)
+    wrong[:, : front.shape[2]] |= other.any(dim=1)
+    return wrong
+
+
+def _require_one_sequence_per_row(
+    position_ids: Tensor, leftpad: Tensor | None, before: int | Tensor, *, masked: bool
+) -> None:
     """Refuses rows that hold more than one sequence: a second stretch of positions that counts up, or a first one
-    within what would be left padding. Padding has a constant position, or goes on counting to the first token."""
-    counts_up = position_ids.diff(dim=1) == 1
+    within what would be left padding. Padding has a constant position, or goes on counting to the first token.
+    Without a mask there is no padding behind the last token either, so that all tokens count up."""
+    steps = position_ids.diff(dim=1)
+    counts_up = steps == 1
     stretches = counts_up[:, :1].sum(dim=1) + (counts_up[:, 1:] & ~counts_up[:, :-1]).sum(dim=1)
     restarts = stretches > 1
     if leftpad is not None:
@@ -218,7 +273,13 @@ def _require_one_sequence_per_row(position_ids: Tensor, leftpad: Tensor | None, 
         leads_to_token = (counts_up & (behind == first_token)).any(dim=1)
         has_token = first_token[:, 0] < position_ids.shape[1]
         restarts = restarts | (counts_in_padding & ~leads_to_token & has_token)
+        if not masked:
+            # A constant row is a part of the padding.
+            stops = (~counts_up & (behind > first_token)).any(dim=1) & (steps != 0).any(dim=1)
+            restarts = restarts | stops
     if restarts.any():
         raise ValueError(
-            "position_ids must count up by one; for packed sequences, whose positions restart, pass cu_seq_lens_q"
+            f"position_ids must count up by one; those of row {int(restarts.int().argmax())} do not: "
+            "for padding behind a sequence pass attention_mask, "
+            "for packed sequences, whose positions restart, pass cu_seq_lens_q"
         )

@@ -23,6 +23,7 @@ from tiny_models import (
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
+from dca_ext import cache as cache_module
 from dca_ext import reference
 from dca_ext.attention import DCALlamaAttention
 from dca_ext.config import DCAConfig
@@ -378,6 +379,34 @@ def test_a_restart_at_the_last_token_is_refused(use_cache):
         logits(dca, tokens(1, 7), position_ids=positions, use_cache=use_cache)
 
 
+@pytest.mark.parametrize(
+    "positions",
+    [
+        [0, 1, 2, 3, 4, 5, 5, 5, 5],
+        [0, 1, 2, 3, 3],
+        [0, 2, 4, 5, 5, 5],
+        [0, 2, 3, 4, 5, 5],
+        [0, 0, 2, 2, 4, 5],
+    ],
+)
+def test_positions_that_stand_still_or_skip_are_refused_without_a_mask(positions):
+    dca = with_dca(tiny_model())
+    positions = torch.stack((torch.arange(len(positions)), torch.tensor(positions)))
+    cache = DynamicCache()
+    with pytest.raises(ValueError, match=r"position_ids must count up by one; those of row 1 do not: .*attention_mask"):
+        logits(dca, tokens(*positions.shape), position_ids=positions, past=cache)
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("positions", [[0, 0, 0], [1, 1, 1], [0, 0, 0, 1, 2], [1, 1, 0, 1], [-2, -1, 0, 1], [2, 2, 0]])
+def test_positions_of_padding_in_front_may_stand_still_or_count(positions):
+    dca = with_dca(tiny_model())
+    last = positions[-1] + 1
+    actual = logits(dca, tokens(1, len(positions)), position_ids=torch.tensor([positions]))
+    expected = logits(dca, tokens(1, len(positions))[:, -last:])
+    torch.testing.assert_close(actual[:, -last:], expected)
+
+
 # --- Refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -393,9 +422,67 @@ def test_masks_with_holes_are_refused(implementation):
     assert cache.get_seq_length() == 0
 
 
+def masks_that_are_not_causal():
+    """Bool (12, 12), and the first row that is another."""
+    row, slot = torch.arange(12)[:, None], torch.arange(12)
+    causal = slot <= row
+    hole = causal.clone()
+    hole[7, 2] = False
+    yield "packed", causal & (slot // 5 == row // 5), 1
+    yield "packed, then padding", causal & (slot // 5 == row // 5) & (row < 10), 1
+    yield "window", causal & (slot > row - 4), 1
+    yield "prefix", causal | (slot < 4), 0
+    yield "bidirectional", torch.ones(12, 12, dtype=torch.bool), 0
+    yield "hole", hole, 7
+
+
+@pytest.mark.parametrize("form", ["bool", "float"])
+@pytest.mark.parametrize(
+    ("mask", "row"), [pytest.param(mask, row, id=name) for name, mask, row in masks_that_are_not_causal()]
+)
+def test_masks_that_are_not_causal_are_refused(mask, row, form):
+    dca = with_dca(tiny_model())
+    mask = torch.stack((torch.ones(12, 12).tril().bool(), mask))[:, None]
+    if form == "float":
+        mask = torch.where(mask, 0.0, -torch.inf)
+    cache = DynamicCache()
+    with pytest.raises(ValueError, match=f"must be causal from .*got another row {row} for sequence 1: .*cu_seq_lens"):
+        logits(dca, tokens(2, 12), attention_mask=mask, past=cache)
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("padding", ["nothing", "everything", "itself"])
+def test_what_padding_sees_does_not_matter(padding, inference):
+    plain = tiny_model()
+    dca, slow = with_dca(plain), slow_model(plain)
+    ids = tokens(1, 23)
+    with torch.inference_mode(inference):
+        mask = torch.ones(1, 1, 23, 23).tril().bool()
+        mask[..., :6] = False
+        seen = {"nothing": 0, "everything": torch.ones(6, 23), "itself": torch.eye(6, 23)}
+        mask[:, :, :6] = torch.as_tensor(seen[padding]).bool()
+        actual = logits(dca, ids, attention_mask=mask)
+    assert_same(actual[:, 6:], logits(slow, ids[:, 6:]), tolerance(plain, ids))
+
+
+def test_a_mask_is_looked_through_once_unless_written_to(monkeypatch):
+    dca = with_dca(tiny_model())
+    calls = []
+    check = cache_module._rows_not_causal
+    monkeypatch.setattr(cache_module, "_rows_not_causal", lambda *args: calls.append(args) or check(*args))
+    mask = torch.ones(1, 1, 12, 12).tril().bool()
+    logits(dca, tokens(1, 12), attention_mask=mask)
+    assert len(calls) == 1
+    mask[..., 3, 1] = False
+    with pytest.raises(ValueError, match="got another row 3 for sequence 0"):
+        logits(dca, tokens(1, 12), attention_mask=mask)
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
+        (torch.ones(2, 1, 1, 12).bool(), "a 4-D attention_mask must have a row for each of the 12 new tokens; got 1"),
         (torch.ones(2, 1, 12), "attention_mask must be 2-D or 4-D with 2 rows, or one"),
         (torch.ones(3, 12), "attention_mask must be 2-D or 4-D with 2 rows, or one; got shape"),
         (torch.ones(2, 5), "attention_mask must cover the 0 cached tokens and the 12 new ones; got 5 columns"),
