@@ -55,7 +55,9 @@ def replace_attention(model: Model, dca_config: DCAConfig | None = None, *, rope
     On a model with DCA already, this changes the geometry.
 
     Args:
-        model: a module that contains Llama, Mistral, Mixtral, Qwen2, Qwen3 or Qwen MoE attention.
+        model: a module that contains Llama, Mistral, Mixtral, Qwen2, Qwen3 or Qwen MoE attention. Pass the outermost
+            one: the config of a model around it is not touched, so that its save_pretrained would not keep the
+            geometry.
         dca_config: the geometry; None means `default_dca_config` of the model's config.
         rope_length: the sequence length at which "dynamic" and "longrope" frequencies are frozen, by default
             max_position + 1.
@@ -82,7 +84,7 @@ def replace_attention(model: Model, dca_config: DCAConfig | None = None, *, rope
     for config in _distinct_configs(full):
         # Whatever is to be refused is refused before anything changes.
         RotaryTables.from_config(config, (dca_config or default_dca_config(config)).max_position, rope_length)
-    _give_own_configs(model)
+    _give_own_configs(model, full)
     for config in _distinct_configs(full):
         sharing = [layer for layer in full if layer.config is config]
         _replace_layers(sharing, config, dca_config, rope_length, alone=not windows)
@@ -147,11 +149,12 @@ def _distinct_configs(layers: list[Any]) -> list[Any]:
     return list({id(layer.config): layer.config for layer in layers}.values())
 
 
-def _give_own_configs(model: nn.Module) -> None:
-    """Copies of all configs in the model, shared among its modules as they were; once in the model's life."""
-    if any("_before_dca" in vars(module) for module in model.modules()):
+def _give_own_configs(model: nn.Module, layers: list[Any]) -> None:
+    """Copies of the configs in the model, shared among its modules as they were. Those of ``layers`` that were replaced
+    before, with the model or a part of it, are its own already; where all are, nothing is copied."""
+    memo: dict[int, Any] = {id(layer.config): layer.config for layer in layers if "_before_dca" in vars(layer)}
+    if all(id(layer.config) in memo for layer in layers):
         return
-    memo: dict[int, Any] = {}
     for module in model.modules():
         if "config" in vars(module):
             module.config = copy.deepcopy(module.config, memo)

@@ -159,6 +159,24 @@ def test_part_of_a_model_and_a_bare_module():
     assert type(attention) is DCALlamaAttention
 
 
+def test_a_part_and_then_the_whole_leaves_other_models_alone():
+    config = tiny_config()
+    other, model = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    replace_attention(model.model.layers[0], SMALL)
+    own = attention_of(model).config
+    replace_attention(model, SMALL)
+    assert other.config is config
+    assert not hasattr(config, "dca_config")
+    assert config._attn_implementation == LlamaForCausalLM(tiny_config()).config._attn_implementation
+    assert attention_of(model).config is own
+    assert attention_of(model, 1).config is model.config is model.model.rotary_emb.config
+    assert model.config.dca_config == own.dca_config == SMALL.to_dict()
+    # Once is enough.
+    config = model.config
+    replace_attention(model, DCAConfig(4, 6))
+    assert model.config is config
+
+
 def test_a_hook_that_holds_the_old_forward_is_moved():
     """accelerate's add_hook_to_module wraps ``module.forward`` and keeps the bound original as ``_old_forward``."""
     plain = tiny_model()
