@@ -215,6 +215,7 @@ class DualChunkAttention(nn.Module):
             )
         if kwargs.get("is_causal") is False:
             raise ValueError("is_causal must be True; Dual Chunk Attention is causal")
+        require_causal_layer(self)
         # Passed over in silence, it would make every answer wrong.
         unknown = next((name for name, value in kwargs.items() if isinstance(value, Cache)), None)
         if unknown is not None:
@@ -280,6 +281,14 @@ def window_of(layer: nn.Module) -> int | None:
     if isinstance(layer, (MistralAttention, MixtralAttention)):
         return getattr(layer.config, "sliding_window", None)
     return cast("int | None", getattr(layer, "sliding_window", None))
+
+
+def require_causal_layer(layer: nn.Module) -> None:
+    """Refuses an attention module that was made bidirectional, as embedding models do."""
+    if not getattr(layer, "is_causal", True):
+        raise ValueError(
+            f"is_causal of {type(layer).__name__} must be True; got {layer.is_causal}: Dual Chunk Attention is causal"
+        )
 
 
 def sliding_window_warning(what: str, window: int) -> str:

@@ -24,7 +24,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from dca_ext.attention import DCA_CLASSES, DualChunkAttention, default_dca_config, sliding_window_warning, window_of
+from dca_ext.attention import (
+    DCA_CLASSES,
+    DualChunkAttention,
+    default_dca_config,
+    require_causal_layer,
+    sliding_window_warning,
+    window_of,
+)
 from dca_ext.cache import ATTN_IMPLEMENTATION
 from dca_ext.config import DCAConfig
 from dca_ext.rotary import RotaryTables
@@ -66,8 +73,8 @@ def replace_attention(model: Model, dca_config: DCAConfig | None = None, *, rope
         ``model``. Layers with a sliding window are left as they are, with one warning.
 
     Raises:
-        ValueError: if the model has no such attention layer, or its config no geometry or RoPE that can be used; the
-            model is unchanged then.
+        ValueError: if the model has no such attention layer, or a bidirectional one, or if its config has no geometry
+            or RoPE that can be used; the model is unchanged then.
         TypeError: if dca_config is not a DCAConfig, or rope_length not an int.
     """
     if dca_config is not None and not isinstance(dca_config, DCAConfig):
@@ -77,6 +84,8 @@ def replace_attention(model: Model, dca_config: DCAConfig | None = None, *, rope
         supported = ", ".join(old.__name__ for old in DCA_CLASSES)
         raise ValueError(f"model must contain one of {supported}; {type(model).__name__} has no such layer")
     full = [layer for layer in layers if window_of(layer) is None]
+    for layer in full:
+        require_causal_layer(layer)
     windows = [window for layer in layers if (window := window_of(layer)) is not None]
     if windows:
         what = f"{len(windows)} of {len(layers)} layers of {type(model).__name__}"

@@ -22,6 +22,7 @@ from tiny_models import (
 )
 from torch import nn
 from transformers import DynamicCache, StaticCache
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from dca_ext import cache as cache_module
 from dca_ext import reference
@@ -515,6 +516,18 @@ def test_dropout_is_refused_in_training_only():
 def test_bidirectional_attention_is_refused():
     with pytest.raises(ValueError, match="is_causal must be True"):
         logits(with_dca(tiny_model()), tokens(1, 5), is_causal=False)
+
+
+def test_layers_made_bidirectional_are_refused():
+    dca = with_dca(tiny_model())
+    dca.model.layers[1].self_attn.is_causal = False
+    with pytest.raises(ValueError, match="is_causal of DCALlamaAttention must be True; got False"):
+        logits(dca, tokens(1, 5))
+    plain = tiny_model()
+    plain.model.layers[1].self_attn.is_causal = False
+    with pytest.raises(ValueError, match="is_causal of LlamaAttention must be True; got False"):
+        replace_attention(plain, SMALL)
+    assert type(plain.model.layers[0].self_attn) is LlamaAttention
 
 
 def test_output_attentions_warns_once_and_gives_none():
