@@ -2,11 +2,13 @@
 
 DCA needs the cosines and sines of the positions 0 ... max_position and of no others, so the whole of RoPE, with
 whatever scaling a model uses (linear, NTK, YaRN, llama3, LongRoPE), is two small tables. Frequencies come from
-transformers' own functions: they are the model's.
+transformers' own functions: they are the model's, also where a model ignores one of its rope_parameters.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -54,11 +56,30 @@ def inverse_frequencies(config: Any, length: int | None = None) -> tuple[Tensor,
 
 
 def _default_inverse_frequencies(config: Any) -> Tensor:
+    """Those of the model's own function, for some models ignore partial_rotary_factor (Llama and its relatives) and
+    some do not. The formula, with the factor, for a config that is of no transformers model."""
+    own = _own_default_function(config)
+    if own is not None:
+        return own(config, torch.device("cpu"))[0].to(torch.float32)
     parameters = config.rope_parameters
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).to(torch.float32) / rotary_dim
     return 1.0 / parameters["rope_theta"] ** exponents
+
+
+def _own_default_function(config: Any) -> Callable[..., tuple[Tensor, float]] | None:
+    """compute_default_rope_parameters of the one rotary embedding in the modelling file beside the config's."""
+    files = [base.__module__ for base in type(config).__mro__ if base.__module__.startswith("transformers.models.")]
+    if not files or ".configuration_" not in files[0]:
+        return None
+    name = "compute_default_rope_parameters"
+    try:
+        file = importlib.import_module(files[0].replace(".configuration_", ".modeling_"))
+    except ImportError:
+        return None
+    own = {getattr(c, name) for c in vars(file).values() if isinstance(c, type) and name in vars(c)}
+    return own.pop() if len(own) == 1 else None
 
 
 class RotaryTables:

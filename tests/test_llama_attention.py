@@ -111,6 +111,13 @@ def test_rope_types(rope_type):
         assert_same(logits(dca, ids), logits(expected, ids), tolerance(plain, ids))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_partial_rotary_factor_is_ignored_as_by_the_plain_model(family):
+    plain = tiny_model(family, rope_parameters={**ROPE_PARAMETERS["default"], "partial_rotary_factor": 0.5})
+    ids = tokens(1, P + 1)
+    assert_same(logits(with_dca(plain), ids), logits(plain, ids), tolerance(plain, ids))
+
+
 def test_dynamic_frequencies_frozen_at_a_stated_length():
     plain = tiny_model(rope_parameters=ROPE_PARAMETERS["dynamic"])
     dca_config = DCAConfig(70, 130)

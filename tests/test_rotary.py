@@ -6,10 +6,12 @@ import copy
 import gc
 import math
 import pickle
+import types
 
 import pytest
 import torch
 from tiny_models import ROPE_PARAMETERS, SMALL, tiny_config, tiny_model
+from transformers import PhiConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -42,14 +44,27 @@ def test_default_frequencies_are_the_formula():
     torch.testing.assert_close(sin.double(), angles.sin(), rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("rope_type", ["default", "linear", "yarn"])
+@pytest.mark.parametrize("rope_type", ["linear", "yarn"])
 def test_partial_rotary_factor_narrows_the_tables(rope_type):
-    config = rope_config(rope_type, partial_rotary_factor=0.5)
-    _, sin = rotary_tables(config, 20)
+    _, sin = rotary_tables(rope_config(rope_type, partial_rotary_factor=0.5), 20)
+    assert sin.shape == (21, 4)
+
+
+@pytest.mark.parametrize("family", [PhiConfig, types.SimpleNamespace])
+def test_partial_rotary_factor_narrows_default_tables_where_the_model_honours_it(family):
+    parameters = {**ROPE_PARAMETERS["default"], "partial_rotary_factor": 0.5}
+    _, sin = rotary_tables(family(hidden_size=64, num_attention_heads=4, rope_parameters=parameters), 20)
     assert sin.shape == (21, 4)
     # One position on, the slowest of the four pairs has turned by the frequency of channel 6 of 8 rotating ones.
-    if rope_type == "default":
-        assert math.asin(sin[1, 3].item()) == pytest.approx(10000.0 ** (-6 / 8), rel=1e-5)
+    assert math.asin(sin[1, 3].item()) == pytest.approx(10000.0 ** (-6 / 8), rel=1e-5)
+
+
+def test_partial_rotary_factor_changes_nothing_where_the_model_ignores_it():
+    config = rope_config("default", partial_rotary_factor=0.5)
+    cos, _ = rotary_tables(config, 20)
+    assert torch.equal(cos, rotary_tables(rope_config("default"), 20)[0])
+    model_cos, _ = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(21)[None])
+    torch.testing.assert_close(cos, model_cos[0, :, :8], rtol=0, atol=1e-7)
 
 
 def test_yarn_scales_the_tables_by_its_attention_factor():
