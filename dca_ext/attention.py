@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -21,7 +22,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
 from dca_ext import functional
-from dca_ext.cache import left_padding, per_sequence, slots_in_use
+from dca_ext.cache import left_padding, per_sequence, sequence_lengths, slots_in_use
 from dca_ext.config import DCAConfig
 from dca_ext.rotary import RotaryTables
 
@@ -151,11 +152,14 @@ class DualChunkAttention(nn.Module):
         batch, seqlen = hidden_states.shape[:2]
         before = slots_in_use(past_key_values, self.layer_idx)
         leftpad = left_padding(attention_mask, position_ids, before, batch, seqlen)
+        options: dict[str, Any] = {"softmax_scale": self.scaling}
+        # The operator's own temperature counts padding behind a sequence. One token alone has none behind it.
+        if self.dca_config.temperature == "yarn" and seqlen > 1:
+            options["temperature"] = self._temperature(sequence_lengths(attention_mask, before, batch, seqlen))
         q, k, v = self.project(hidden_states)
         cos, sin = self.rotary_tables.on(q.device)
         if past_key_values is None and leftpad is None:
-            out = functional.dca_attention(q, k, v, cos, sin, self.dca_config, softmax_scale=self.scaling)
-            return cast(Tensor, out)
+            return cast(Tensor, functional.dca_attention(q, k, v, cos, sin, self.dca_config, **options))
         # New tensors: a static cache counts its own length up in place.
         total = per_sequence(before + seqlen, batch)
         before = per_sequence(before, batch)
@@ -165,17 +169,17 @@ class DualChunkAttention(nn.Module):
             keys, values = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
             k, v = keys.transpose(1, 2), values.transpose(1, 2)
         out = functional.dca_attention_with_kvcache(
-            q,
-            k,
-            v,
-            cos,
-            sin,
-            self.dca_config,
-            cache_seqlens=total,
-            cache_leftpad=leftpad,
-            softmax_scale=self.scaling,
+            q, k, v, cos, sin, self.dca_config, cache_seqlens=total, cache_leftpad=leftpad, **options
         )
         return cast(Tensor, out)
+
+    def _temperature(self, lengths: Tensor | None) -> Tensor | None:
+        """YaRN's factor on the logits of each sequence, float32 (batch,), as `DCAConfig` defines it."""
+        assert self.dca_config is not None
+        original = self.dca_config.original_max_position_embeddings
+        if lengths is None or original is None:
+            return None
+        return (lengths.to(torch.float32) / original).clamp(min=1.0).log().mul(0.1).add(1.0).square()
 
     def _attend_packed(
         self, hidden_states: Tensor, past_key_values: Any, cu_seqlens_q: Tensor, max_seqlen_q: Any

@@ -88,15 +88,24 @@ def left_padding(
     return leftpad.expand(batch).contiguous()
 
 
+def sequence_lengths(attention_mask: Tensor | None, before: int | Tensor, batch: int, seqlen: int) -> Tensor | None:
+    """Tokens of each sequence up to the end of the call, without the padding behind it, in a mask that `left_padding`
+    has taken: int64 (batch,), or None if the mask does not show it."""
+    if attention_mask is None or attention_mask.dim() == 1:
+        return None
+    return _visible_slots(attention_mask, before, seqlen).sum(dim=1).expand(batch)
+
+
 def leftpad_mask(*, mask_function: Any = causal_mask_function, **kwargs: Any) -> Tensor | None:
     """transformers' mask interface for ``attn_implementation="dca"``: left padding, int32 (batch,), for a causal mask.
 
+    For several tokens, behind which there may be padding as well, the 2-D mask itself, bool (batch, slots).
     None if there is nothing to mask but the future. This is all that DCA layers need, where "sdpa" and "eager" would
     build (batch, 1, seqlen_q, slots): 256 MiB and 1 GiB at 16k. Masks other than causal ones (sliding windows,
     packing) are built as for "sdpa".
 
     Raises:
-        ValueError: for a mask with holes.
+        ValueError: for one token's mask with holes; other masks are looked through by the layers.
     """
     if mask_function is not causal_mask_function:
         return sdpa_mask(mask_function=mask_function, **kwargs)
@@ -107,7 +116,7 @@ def leftpad_mask(*, mask_function: Any = causal_mask_function, **kwargs: Any) ->
     if _may_read(mask) and mask.all():
         return None
     # Zeros as well: with None, padding would be looked for in position_ids, which are arbitrary in trailing padding.
-    return _leading_false(mask)
+    return _leading_false(mask) if kwargs.get("q_length") == 1 else mask
 
 
 def attend_left_alone(
@@ -157,12 +166,16 @@ def _padding_from_mask(attention_mask: Any, before: int | Tensor, batch: int, se
         raise ValueError(
             f"a 4-D attention_mask must have a row for each of the {seqlen} new tokens; got {attention_mask.shape[2]}"
         )
-    visible = attention_mask.bool() if attention_mask.dim() == 2 else _visible_in_last_row(attention_mask)
-    leftpad = _leading_false(_slots_of_call(visible, before, seqlen))
+    leftpad = _leading_false(_visible_slots(attention_mask, before, seqlen))
     if isinstance(before, Tensor):
         # A static cache's mask has a column for every slot; where no token came yet, none of them is set.
         leftpad = leftpad.clamp(max=before + seqlen).to(torch.int32)
     return leftpad
+
+
+def _visible_slots(mask: Tensor, before: int | Tensor, seqlen: int) -> Tensor:
+    """The slots of the tokens that a 2-D or 4-D mask shows: bool (batch or 1, slots)."""
+    return _slots_of_call(mask.bool() if mask.dim() == 2 else _visible_in_last_row(mask), before, seqlen)
 
 
 def _visible_in_last_row(mask: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ def test_half_precision_generates_the_same_with_every_cache():
 
 
 def test_no_quadratic_mask_is_built(dca, monkeypatch):
-    """What arrives at the layers: nothing, or the padding of each row."""
+    """What arrives at the layers: nothing, or the 2-D mask, and with single tokens the padding of each row."""
     seen = []
     attention = dca.model.layers[0].self_attn
     forward = attention.forward
@@ -201,5 +201,6 @@ def test_no_quadratic_mask_is_built(dca, monkeypatch):
         seen.clear()
         generate(dca, ids, attention_mask=mask, prefill_chunk_size=5, cache_implementation=cache)
         assert len(seen) == 4 + NEW - 1
-        assert all(m.shape == (2,) and m.dtype == torch.int32 for m in seen)
+        assert all(m.dim() == 2 and m.dtype == torch.bool for m in seen[:4])
+        assert all(m.shape == (2,) and m.dtype == torch.int32 for m in seen[4:])
     assert seen[-1].tolist() == [0, 8]

@@ -234,6 +234,20 @@ def test_a_padded_batch_equals_single_sequences(side, form, implementation):
         assert_same(actual[b : b + 1, begin : begin + length], logits(slow, sequence), tolerance(plain, ids[:1]))
 
 
+@pytest.mark.parametrize("implementation", ["dca", "sdpa"])
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_temperature_of_a_padded_row_is_that_of_the_row_alone(side, cached, implementation):
+    plain = tiny_model()
+    dca = with_dca(plain, DCAConfig(6, 9, "yarn", 8))
+    dca.set_attn_implementation(implementation)
+    ids, mask, begins, lengths = padded_batch(side)
+    actual = logits(dca, ids, attention_mask=mask, use_cache=cached)
+    for b, (begin, length) in enumerate(zip(begins, lengths, strict=True)):
+        expected = logits(dca, ids[b : b + 1, begin : begin + length])
+        assert_same(actual[b : b + 1, begin : begin + length], expected, tolerance(plain, ids[:1]))
+
+
 @pytest.mark.parametrize("fill", [0, 1])
 def test_positions_in_trailing_padding_do_not_matter(fill):
     plain = tiny_model()
