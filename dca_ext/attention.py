@@ -33,7 +33,9 @@ def default_dca_config(config: Any) -> DCAConfig:
     In this order: the one that `replace_attention` recorded (``config.dca_config``, which save_pretrained keeps); the
     one of Qwen's 1M models (``config.dual_chunk_attention_config``); `DCAConfig.from_pretraining_length` of
     ``config.max_position_embeddings``. The last is right for models with RoPE scaling too: max_position_embeddings is
-    the length that such a model was tuned for with its scaling, original_max_position_embeddings the one before.
+    the length that such a model was tuned for with its scaling, original_max_position_embeddings the one before. Where
+    YaRN was added to a config that kept its length (Qwen's recipe), factor * original_max_position_embeddings counts.
+    With rope_type "linear", give a dca_config where max_position_embeddings is not the length that was tuned for.
 
     Raises:
         ValueError: if the config has none of the three, or a geometry that `DCAConfig` refuses.
@@ -47,6 +49,10 @@ def default_dca_config(config: Any) -> DCAConfig:
     pretraining_length = getattr(config, "max_position_embeddings", None)
     if pretraining_length is None:
         raise ValueError(f"dca_config must be given: {type(config).__name__} has no max_position_embeddings")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "yarn":
+        scaled = (rope.get("factor") or 1.0) * (rope.get("original_max_position_embeddings") or pretraining_length)
+        pretraining_length = max(pretraining_length, int(scaled))
     return DCAConfig.from_pretraining_length(pretraining_length)
 
 
@@ -128,7 +134,7 @@ class DualChunkAttention(nn.Module):
         Raises:
             ValueError: in training with attention_dropout, for bidirectional attention, and for masks and positions
                 that `left_padding` refuses. The cache is untouched then.
-            TypeError: for a cache by a name that is not known here.
+            TypeError: for a cache by a name that is not known here, and for one that is no Cache.
         """
         past_key_values = kwargs.pop("cache", None) if past_key_values is None else past_key_values
         if self.dca_config is None:
@@ -136,7 +142,7 @@ class DualChunkAttention(nn.Module):
             return super().forward(  # type: ignore[misc]
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
             )
-        self._check(kwargs)
+        self._check(kwargs, past_key_values)
         if kwargs.get("cu_seq_lens_q") is not None:
             cu_seqlens_q, max_seqlen_q = kwargs["cu_seq_lens_q"], kwargs.get("max_length_q")
             out = self._attend_packed(hidden_states, past_key_values, cu_seqlens_q, max_seqlen_q)
@@ -210,7 +216,7 @@ class DualChunkAttention(nn.Module):
             self.v_proj(hidden_states).view(shape),
         )
 
-    def _check(self, kwargs: dict[str, Any]) -> None:
+    def _check(self, kwargs: dict[str, Any], past_key_values: Any) -> None:
         """Refuses, or warns of, what this layer was asked for and does not do."""
         if self.training and self.attention_dropout > 0:
             raise ValueError(
@@ -224,6 +230,11 @@ class DualChunkAttention(nn.Module):
         unknown = next((name for name, value in kwargs.items() if isinstance(value, Cache)), None)
         if unknown is not None:
             raise TypeError(f"{unknown} must not be a cache: Dual Chunk Attention takes it as past_key_values or cache")
+        if past_key_values is not None and not hasattr(past_key_values, "get_seq_length"):
+            raise TypeError(
+                f"past_key_values must be a transformers Cache; got {type(past_key_values).__name__}: "
+                "Dual Chunk Attention does not go with continuous batching (generate_batch)"
+            )
         if kwargs.get("output_attentions") and self.layer_idx == _first_layer(self.config, "full_attention"):
             warnings.warn("output_attentions: DCA layers have no attention weights and return None", stacklevel=3)
 

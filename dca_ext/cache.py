@@ -158,7 +158,10 @@ def _check_shape(name: str, tensor: Tensor, dims: tuple[int, ...], batch: int) -
 def _padding_from_mask(attention_mask: Any, before: int | Tensor, batch: int, seqlen: int) -> Tensor:
     """Left padding that a mask shows: int32 (batch or 1,)."""
     if not isinstance(attention_mask, Tensor):
-        raise ValueError(f"attention_mask must be None or a 2-D or 4-D tensor; got {type(attention_mask).__name__}")
+        raise ValueError(
+            f"attention_mask must be None or a 2-D or 4-D tensor; got {type(attention_mask).__name__}: "
+            "flex_attention is not supported, use attn_implementation='sdpa' or 'dca'"
+        )
     _check_shape("attention_mask", attention_mask, (1, 2, 4), batch)
     if attention_mask.dim() == 1:
         return attention_mask.to(torch.int32)

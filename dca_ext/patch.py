@@ -103,6 +103,8 @@ def replace_attention(model: Model, dca_config: DCAConfig | None = None, *, rope
 def restore_attention(model: Model) -> Model:
     """Undoes `replace_attention` (and the patch mapping): transformers' own attention, the same parameters.
 
+    The attention implementation is again the one before, "sdpa" if that was "dca".
+
     Returns:
         ``model``; one without DCA is returned as it is.
     """
@@ -111,6 +113,9 @@ def restore_attention(model: Model) -> Model:
         before = vars(layer).pop("_before_dca", None)
         if before is not None:
             _restore_config(layer.config, before)
+        # Loaded under it, too: plain layers cannot read its masks.
+        if getattr(layer.config, "_attn_implementation", None) == ATTN_IMPLEMENTATION:
+            layer.config._attn_implementation = "sdpa"
         for name in ("dca_config", "rotary_tables"):
             vars(layer).pop(name, None)
         _change_class(layer, next(old for old, new in DCA_CLASSES.items() if isinstance(layer, new)))

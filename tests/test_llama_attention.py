@@ -323,6 +323,14 @@ def test_a_cache_by_another_name_is_not_passed_over():
         attention(torch.randn(1, 3, 64), kv_store=DynamicCache())
 
 
+def test_the_cache_of_continuous_batching_is_refused():
+    attention = with_dca(tiny_model()).model.layers[0].self_attn
+    paged = type("PagedAttentionCache", (), {"update": None})()
+    for kwargs in ({}, {"cu_seq_lens_q": torch.tensor([0, 3], dtype=torch.int32)}):
+        with pytest.raises(TypeError, match=r"must be a transformers Cache; got PagedAttentionCache: .*generate_batch"):
+            attention(torch.randn(1, 3, 64), cache=paged, **kwargs)
+
+
 def test_the_cache_holds_keys_rotated_once():
     plain = tiny_model()
     dca = with_dca(plain)
@@ -510,7 +518,7 @@ def test_a_mask_is_looked_through_once_unless_written_to(monkeypatch):
         (torch.ones(2, 5), "attention_mask must cover the 0 cached tokens and the 12 new ones; got 5 columns"),
         (torch.full((2, 1, 12, 12), -0.5), "attention_mask must hold 0 or values of at most -10000"),
         (torch.ones(2, 1, 12, 12, dtype=torch.long), "4-D attention_mask must be bool or floating point"),
-        ("causal", "attention_mask must be None or a 2-D or 4-D tensor; got str"),
+        ("causal", "attention_mask must be None or a 2-D or 4-D tensor; got str: flex_attention is not supported, use"),
     ],
 )
 def test_masks_of_other_forms_are_refused(mask, message):

@@ -96,6 +96,19 @@ def test_restore_keeps_what_changed_meanwhile_and_what_was_recorded_before():
     assert model.config.use_cache is False
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_restoring_a_model_loaded_as_dca_chooses_sdpa(tmp_path, patch_mapping, replaced):
+    plain = tiny_model()
+    plain.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="dca").eval()
+    restore_attention(replace_attention(model, SMALL) if replaced else model)
+    assert model.config._attn_implementation == "sdpa"
+    ids = tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    assert_same(logits(model, ids, attention_mask=mask), logits(plain, ids, attention_mask=mask), 0)
+
+
 def test_restoring_a_plain_model_does_nothing():
     model = tiny_model()
     attributes = dict(vars(attention_of(model)))
@@ -211,6 +224,13 @@ def test_the_default_geometry_is_that_of_the_pretraining_length():
 def test_with_rope_scaling_the_length_is_the_scaled_one():
     config = tiny_config(max_position_embeddings=64, rope_parameters=ROPE_PARAMETERS["llama3"])
     assert default_dca_config(config) == DCAConfig.from_pretraining_length(64)
+
+
+@pytest.mark.parametrize(("unscaled", "length"), [(32768, 131072), (40960, 131072), (131072, 131072)])
+def test_with_yarn_the_length_is_the_scaled_one_even_if_the_config_kept_its_own(unscaled, length):
+    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = tiny_config("qwen2", max_position_embeddings=unscaled, rope_parameters=yarn)
+    assert default_dca_config(config) == DCAConfig.from_pretraining_length(length)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3-moe"])  # Qwen2.5-1M; Qwen3-30B-A3B and -235B-A22B of 2507
