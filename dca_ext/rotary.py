@@ -60,7 +60,8 @@ def _default_inverse_frequencies(config: Any) -> Tensor:
     some do not. The formula, with the factor, for a config that is of no transformers model."""
     own = _own_default_function(config)
     if own is not None:
-        return own(config, torch.device("cpu"))[0].to(torch.float32)
+        # transformers 5.24 takes no device besides.
+        return own(config)[0].to(torch.float32)
     parameters = config.rope_parameters
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
