@@ -9,6 +9,9 @@ Either way ``model.save_pretrained`` writes a checkpoint of the plain architectu
 `replace_attention` is in its config.json as ``dca_config`` and holds again when the checkpoint is loaded and patched by
 either way without another one.
 
+With a mapping transformers looks through modules of its own that nobody asked for; where one of them cannot be imported
+(torchvision is missing, say), use `replace_attention`.
+
 `replace_attention` also chooses the attention implementation "dca"; with the mapping,
 ``from_pretrained(path, attn_implementation="dca")`` does. It spares padded batches a (seqlen x seqlen) mask.
 """

@@ -61,6 +61,8 @@ class KeyBlockIterator {
     return block;
   }
 
+  DCA_HOST_DEVICE const KeyRanges& ranges() const { return ranges_; }
+
   /// Passes over the blocks that follow the one from next() in its range and are whole and need no mask; their number.
   DCA_HOST_DEVICE int32_t skip_plain() {
     int32_t end = rest_.end;
@@ -97,8 +99,10 @@ class KeyBlockRuns {
     return block_;
   }
 
-  /// Whether the last block is a plain one behind another of its range.
+  /// Of the block that next() gave last: whether it is a plain one behind another of its range, and whether some row must
+  /// not see some key of it.
   DCA_HOST_DEVICE bool in_run() const { return in_run_; }
+  DCA_HOST_DEVICE bool masked() const { return !in_run_ && walk_.ranges().needs_mask(block_, block_n_); }
 
  private:
   KeyBlockIterator<kPhased> walk_;

@@ -76,9 +76,7 @@ class CopyLoads {
     return block;
   }
 
-  __device__ __forceinline__ bool masked(const KeyBlock& block) const {
-    return !walk_.in_run() && tile_.ranges.needs_mask(block, kBlockN);
-  }
+  __device__ __forceinline__ bool masked() const { return walk_.masked(); }
 
   template <class Logits, class Coordinates>
   __device__ __forceinline__ void mask(Logits& s, const Coordinates& at, const KeyBlock& block) const {

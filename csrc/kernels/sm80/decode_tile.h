@@ -67,7 +67,7 @@ class DecodeTile {
       }
       multiply_qk_of_block(acc_s, tSrQ, block.segment);
       auto s = make_tensor(acc_s.data(), as_rows_and_columns(acc_s.layout()));
-      if (loads_.masked(block)) loads_.mask(s, coordinates<kWarpKeys>(), block);
+      if (loads_.masked()) loads_.mask(s, coordinates<kWarpKeys>(), block);
       softmax.apply(softmax.advance(s, scale_.magnitude_log2), o);
       if constexpr (Traits::kE4M3) {
         multiply_pv_e4m3<Mma>(acc_o, acc_s, ring_.smem_vt(loads_.stage()), lane_);

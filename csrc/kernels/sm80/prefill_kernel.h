@@ -65,7 +65,7 @@ class PrefillTile {
         segment = static_cast<int32_t>(block.segment);
         rotate_queries(block.segment);
       }
-      const bool masked = !walk.in_run() && tile_.ranges.needs_mask(block, kBlockN);
+      const bool masked = walk.masked();
       const KeyBlock next = walk.next();
       auto acc_s = partition_fragment_C(Mma{}, Shape<Int<kBlockM>, Int<kBlockN>>{});
       wait_for_keys(stage);
