@@ -1,8 +1,8 @@
 // Key rotation, and rotation with the write into a cache: one memory-bound pass that stores 16 bytes at a time.
 //
 // A thread makes one unit (see rotary.h) of a new row of a sequence and KV head and, for an append, copies the same
-// unit of the value. Lengths are read on the device; a slot behind the cache and a
-// page that the cache has not are dropped.
+// unit of the value. Lengths are read on the device; a slot behind the cache and a page that the cache has not are
+// dropped.
 #include <cutlass/fast_math.h>
 
 #include "e4m3.h"
