@@ -132,9 +132,9 @@ __device__ __forceinline__ void rotate_any_rows(const QueryRows<Element>& querie
 }  // namespace detail
 
 /// Rotates kRows rows of the tile, row_of(0) ... row_of(kRows - 1), for `segment` into `sQ` (rows, kHeadDim) in shared
-/// memory, by kLanes lanes: thread % kLanes is the lane. They are Elements in global memory, and read anew from there: an
-/// unrotated copy beside them would cost as much shared memory as they do. kAhead: pairs of units that a lane asks for
-/// before it uses the first, as many as there are registers for beside what the kernel holds. `place` stores them.
+/// memory, by kLanes lanes: thread % kLanes is the lane. They are Elements in global memory, and read anew from there:
+/// an unrotated copy beside them would cost as much shared memory as they do. kAhead: pairs of units that a lane asks
+/// for before it uses the first, as many as there are registers for beside what the kernel holds. `place` stores them.
 template <class Element, int kRows, int kLanes, int kAhead, class Smem, class RowOf, class Place = ColumnsInPlace>
 __device__ __forceinline__ void load_queries(const AttentionArgs& args, const WorkTile& tile, Segment segment,
                                              float sign, Smem&& sQ, RowOf row_of, int32_t thread, Place place = {}) {
