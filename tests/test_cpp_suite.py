@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -61,6 +62,21 @@ def test_bench_verifies_and_writes_json(
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", row["date"])
 
 
+def test_bench_writes_through_links_and_into_pipes(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    file, link, pipe = tmp_path / "file", tmp_path / "link", tmp_path / "pipe"
+    file.touch()
+    link.symlink_to(file)
+    os.mkfifo(pipe)
+    binary = bench(tmp_path_factory)
+    run(binary, "append", *SHAPE, "--json", link)
+    with os.fdopen(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb") as reader:
+        run(binary, "append", *SHAPE, "--json", pipe)
+        assert json.loads(reader.read())["benchmark"] == "append"
+    assert json.loads(file.read_text())["benchmark"] == "append"
+    assert link.is_symlink()
+    assert pipe.is_fifo()
+
+
 @pytest.mark.parametrize("operation", ["decode", "append"])
 def test_bench_verifies_caches_of_pages(operation: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     queries = ["--queries=3"] if operation == "decode" else []
@@ -103,6 +119,9 @@ def test_bench_verifies_caches_of_8_bit_numbers(
         (["prefill", "--speed", "9"], "unknown option '--speed'"),
         (["decode", "--heads=7"], "num_heads must be a positive multiple of num_heads_kv"),
         (["append", "--json", "no/such/folder/x.json"], "--json must name a file in an existing folder"),
+        (["append", "--json", "/"], "--json must name a file; '/' is a folder"),
+        (["append", "--json"], "--json must name a file; got none"),
+        (["append", "--verify=0"], "--verify takes no value; got '--verify=0'"),
     ],
 )
 def test_bench_refuses_bad_options_in_one_sentence(

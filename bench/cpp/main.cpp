@@ -15,6 +15,7 @@ int main(int argc, char** argv) try {
   const dca::bench::Result result = dca::bench::run_workload(options);
   dca::bench::print_table(options, result);
   if (!options.json.empty()) dca::bench::write_json(options, result);
+  if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) throw std::runtime_error("cannot write the figures");
   return 0;
 } catch (const std::invalid_argument& error) {
   std::fprintf(stderr, "dca_bench: %s.\n", error.what());

@@ -122,10 +122,12 @@ std::vector<Flag> to_flags(const std::vector<std::string>& arguments) {
   for (size_t i = 0; i < arguments.size(); ++i) {
     const std::string& text = arguments[i];
     const size_t equals = text.find('=');
-    if (text == "--verify" || text == "--no-ceiling") {
-      flags.push_back({text, ""});
+    const std::string name = text.substr(0, equals);
+    if (name == "--verify" || name == "--no-ceiling") {
+      if (equals != std::string::npos) throw std::invalid_argument(name + " takes no value; got '" + text + "'");
+      flags.push_back({name, ""});
     } else if (equals != std::string::npos) {
-      flags.push_back({text.substr(0, equals), text.substr(equals + 1)});
+      flags.push_back({name, text.substr(equals + 1)});
     } else {
       // Of an unknown name without a value, the name is the better complaint.
       flags.push_back({text, i + 1 < arguments.size() ? arguments[i + 1] : ""});
@@ -150,6 +152,7 @@ void set_flag(Options& options, const Flag& flag) {
     if (options.device == Device::Cpu) throw std::invalid_argument("--timing needs --device=cuda");
     options.timing = to_timing(flag.value);
   } else if (flag.name == "--json") {
+    if (flag.value.empty()) throw std::invalid_argument("--json must name a file; got none");
     options.json = flag.value;
   } else {
     for (const IntegerFlag& known : integer_flags()) {
@@ -184,6 +187,9 @@ void complete(Options& options) {
   const std::filesystem::path folder = std::filesystem::absolute(options.json).parent_path();
   if (!std::filesystem::is_directory(folder)) {  // said now, not after minutes of measuring
     throw std::invalid_argument("--json must name a file in an existing folder; there is no '" + folder.string() + "'");
+  }
+  if (std::filesystem::is_directory(options.json)) {
+    throw std::invalid_argument("--json must name a file; '" + options.json + "' is a folder");
   }
 }
 

@@ -26,6 +26,12 @@ std::string with_prefix(double value) {
   return text;
 }
 
+bool write_text(const std::filesystem::path& path, const std::string& text) {
+  std::ofstream file(path, std::ios::trunc);
+  file << text << std::flush;
+  return file.good();
+}
+
 std::string utc_now() {
   const std::time_t now = std::time(nullptr);
   char text[32];
@@ -160,16 +166,20 @@ void print_table(const Options& o, const Result& r) {
 
 void write_json(const Options& options, const Result& result) {
   namespace fs = std::filesystem;
-  const fs::path temporary = options.json + ".tmp" + std::to_string(getpid());
-  std::ofstream file(temporary, std::ios::trunc);
-  file << json_of(options, result) << std::flush;
-  const bool written = file.good();
-  file.close();
+  const std::string text = json_of(options, result);
   std::error_code error;
-  if (written) fs::rename(temporary, options.json, error);  // replaces the old file in one step
-  if (!written || error) {
+  const fs::path path = fs::weakly_canonical(options.json, error);  // the file behind a link, and not the link
+  bool written = !error;
+  if (written && fs::exists(path) && !fs::is_regular_file(path)) {
+    written = write_text(path, text);  // a pipe or a device stays what it is
+  } else if (written) {
+    const fs::path temporary = path.string() + ".tmp" + std::to_string(getpid());
+    written = write_text(temporary, text);
+    if (written) fs::rename(temporary, path, error);  // replaces the old file in one step
     std::error_code ignored;
     fs::remove(temporary, ignored);
+  }
+  if (!written || error) {
     throw std::runtime_error("--json: cannot write '" + options.json + "'" + (error ? ": " + error.message() : ""));
   }
 }
