@@ -12,18 +12,18 @@ length the plain model's answer is of no use anyway.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from benchmark_results import Row, commit, format_table, write_json
+from benchmark_results import Row, commit, format_table, output_file, write_json
 from cpu_timing import cpu_facts
 from rich.console import Console
 from samples import quantile
@@ -35,6 +35,9 @@ from dca_ext.cli.demo import positive, progress_bar
 from dca_ext.cli.quality import watching_layers
 
 DTYPES = ("float32", "bfloat16")
+
+#: Way of attention -> a sample of each finished pass.
+Samples = dict[str, list[dict[str, float]]]
 
 
 class Stopwatch:
@@ -103,11 +106,10 @@ def summary(name: str, samples: Sequence[dict[str, float]]) -> Row:
     }
 
 
-def measure(model: Any, tokens: Tensor, repeats: int, on_layer: Callable[[str], None]) -> list[Row]:
-    """Passes of the plain model and with DCA in turn, after one of each over a few tokens."""
+def measure(model: Any, tokens: Tensor, repeats: int, on_layer: Callable[[str], None], samples: Samples) -> None:
+    """Passes of the plain model and with DCA in turn, after one of each over a few tokens; each adds its sample."""
     model.set_attn_implementation("sdpa")
     ways = {"plain, sdpa": (restore_attention, watching_sdpa), "DCA": (replace_attention, watching_dca)}
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
         for name, (change, watching) in ways.items():
             change(model)
@@ -115,8 +117,8 @@ def measure(model: Any, tokens: Tensor, repeats: int, on_layer: Callable[[str], 
                 forward_once(model, tokens[:, :256], watching)
                 continue
             with watching_layers(model, partial(on_layer, name)):
-                samples[name].append(forward_once(model, tokens, watching))
-    return [summary(name, taken) for name, taken in samples.items()]
+                taken = forward_once(model, tokens, watching)
+            samples.setdefault(name, []).append(taken)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -139,25 +141,40 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=positive, default=16384)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--repeats", type=positive, default=1, help="passes of each model; medians are printed")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=output_file, metavar="FILE")
     return parser.parse_args(arguments)
 
 
 @torch.inference_mode()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures and prints; 0, or 1 with a sentence where the model cannot be had."""
+    """Measures and prints; 0, 1 with a sentence where the model cannot be had, 130 if interrupted."""
     args = parse(arguments)
     name = args.model or models.SMOLLM2
+    samples: Samples = {}
+    status = 0
     try:
         model, _ = models.load_model(name, dtype=getattr(torch, args.dtype))
+        torch.manual_seed(0)
+        tokens = torch.randint(model.config.vocab_size, (1, args.tokens))
+        with progress_bar(Console(stderr=True, highlight=False)) as bars:
+            task = bars.add_task("reading", total=2 * args.repeats * model.config.num_hidden_layers)
+            advance = partial(bars.update, task, advance=1)
+            measure(model, tokens, args.repeats, lambda what: advance(description=what), samples)
     except models.ModelUnavailable as error:
         print(f"attention_share.py: {error}", file=sys.stderr)
         return 1
-    torch.manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (1, args.tokens))
-    with progress_bar(Console(stderr=True, highlight=False)) as bars:
-        task = bars.add_task("reading", total=2 * args.repeats * model.config.num_hidden_layers)
-        rows = measure(model, tokens, args.repeats, lambda what: bars.update(task, description=what, advance=1))
+    except KeyboardInterrupt:
+        print("Interrupted; what was measured so far follows.", file=sys.stderr)
+        status = 130
+    show(args, name, [summary(way, taken) for way, taken in samples.items()])
+    return status
+
+
+def show(args: argparse.Namespace, name: str, rows: Sequence[Row]) -> None:
+    """Prints the table, and writes the file if one was asked for."""
+    if not rows:
+        print("nothing was measured")
+        return
     facts = {
         **cpu_facts(),
         "commit": commit(),
@@ -172,8 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if args.json:
         write_json(facts | {"rows": rows}, args.json)
-    return 0
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first too: a shell starts background jobs without it
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main())

@@ -383,7 +383,11 @@ def main() -> int:
     if args.out is None:
         device = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name()).strip("-")
         args.out = ROOT / "bench" / "results" / f"{datetime.now(timezone.utc):%Y-%m-%d}-{device}"
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"bench_attention.py: --out must be a folder or become one; got {args.out} ({error})", file=sys.stderr)
+        return 2
     torch.manual_seed(0)
     run = Run(args)
     print(

@@ -32,10 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_results import Row, command_line, commit, write_json
+from benchmark_results import Row, command_line, commit, output_file, write_json
 from cpu_cases import KINDS, SHAPES, Case
 from cpu_contenders import CONTENDERS
-from cpu_plot import NEEDS_MATPLOTLIB, can_plot, save_plot
+from cpu_plot import plot_file, save_plot
 from cpu_report import DIRECTION, case_name, report
 from cpu_runs import Limits, Run, run_case
 from cpu_timing import cpu_facts
@@ -117,8 +117,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "left out (120; --full: 600)",
     )
     parser.add_argument("--threads", type=positive, help="torch's; default: its own choice")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all figures and samples, written after each case")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture; needs matplotlib")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="figures and samples, written after each case")
+    parser.add_argument("--plot", type=plot_file, metavar="FILE", help="a picture; needs matplotlib")
     args = parser.parse_args(arguments)
     for name, value in (FULL if args.full else DEFAULTS).items():
         if getattr(args, name) is None:
@@ -127,8 +127,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     unknown = [name for name in args.contenders if not any(rival.startswith(name) for rival in rivals)]
     if unknown:
         parser.error(f"--contenders: no name begins with {unknown[0]!r}; there are {', '.join(rivals)}")
-    if args.plot and not can_plot():
-        parser.error(NEEDS_MATPLOTLIB)
     return args
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -36,10 +37,42 @@ def length_name(tokens: int) -> str:
 
 
 def write_json(results: dict[str, Any], path: Path) -> None:
-    """Replaces the file in one step, so that it is whole whenever the run is stopped."""
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    temporary.replace(path)
+    """Replaces the file in one step, so that it is whole whenever the run is stopped.
+
+    A symlink stays one, and what it points to is replaced; what is no regular file, such as a pipe, is written to.
+    """
+    text = json.dumps(results, indent=1) + "\n"
+    if is_special(path):
+        path.write_text(text)
+        return
+    target = path.resolve()
+    temporary = target.with_name(f"{target.name}.tmp{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_special(path: Path) -> bool:
+    """Whether it leads to a device, a pipe or the like, which must not be replaced by a file."""
+    return path.exists() and not path.is_file()
+
+
+def output_file(text: str) -> Path:
+    """Where results can be written, for argparse: what is no such place is refused before anything is measured."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file; got the folder {text}")
+    if is_special(path):
+        place = path
+    else:
+        place = path.resolve().parent
+        if not place.is_dir():
+            raise argparse.ArgumentTypeError(f"must lie in a folder that exists; got {text}")
+    if not os.access(place, os.W_OK):
+        raise argparse.ArgumentTypeError(f"must be writable; got {text}")
+    return path
 
 
 def command_line(arguments: Sequence[str]) -> list[str]:

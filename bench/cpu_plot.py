@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark_results import Row, length_name
+from benchmark_results import Row, length_name, output_file
 from cpu_contenders import OURS
 from cpu_report import grouped, shape_name
-
-NEEDS_MATPLOTLIB = "--plot needs matplotlib: pip install matplotlib"
 
 #: Contender -> colour: ours stands out, a family of rivals shares a hue, and a name keeps its colour in all panels.
 COLOURS = {
@@ -30,13 +29,16 @@ COLOURS = {
 MUTED = "#5a5a5a"
 
 
-def can_plot() -> bool:
-    """Whether matplotlib is there."""
+def plot_file(text: str) -> Path:
+    """`output_file` for a picture, whose suffix says which kind."""
     try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
+        import matplotlib.backend_bases as backend
+    except ImportError as error:
+        raise argparse.ArgumentTypeError("needs matplotlib: pip install matplotlib") from error
+    path, known = output_file(text), backend.FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise argparse.ArgumentTypeError(f"must end in one of .{', .'.join(sorted(known))}; got {text}")
+    return path
 
 
 def save_plot(rows: Sequence[Row], title: str, path: Path) -> None:

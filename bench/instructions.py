@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmark_results import ROOT, Row, commit, format_table, write_json
+from benchmark_results import ROOT, Row, commit, format_table, output_file, write_json
 from cpu_cases import SHAPES
 from rich.console import Console
 
@@ -161,7 +161,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--decode", type=int, nargs="*", default=[4096], help="keys")
     parser.add_argument("--chunk-len", type=int, default=160, help="short, so that a short prompt has all segments")
     parser.add_argument("--isa", default="avx2", help="DCA_CPU_ISA of the runs")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=output_file, metavar="FILE")
     return parser.parse_args(arguments)
 
 

@@ -286,6 +286,15 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("_cpu_for_a_device")
+def test_a_file_is_no_folder_for_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    assert run(monkeypatch, tmp_path / "file", *SMALL) == 2
+    assert f"--out must be a folder or become one; got {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_cpu_for_a_device")
 def test_what_does_not_fit_is_skipped_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**30))
     assert run(monkeypatch, tmp_path, *SMALL) == 0

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from dca_ext import DCAConfig, reference
 sys.path.insert(0, str(ROOT / "bench"))
 import attention_share
 import bench_cpu
+import benchmark_results
 import cpu_ceilings
 import cpu_contenders
 import cpu_plot
@@ -233,6 +237,58 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_runs(
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
+# --- Where results go -------------------------------------------------------------------------------------------------
+
+
+def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "there" / "real.json")
+    for n in (1, 2):
+        benchmark_results.write_json({"n": n}, tmp_path / "link.json")
+        assert json.loads((tmp_path / "there" / "real.json").read_text()) == {"n": n}
+        assert (tmp_path / "link.json").is_symlink()
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["real.json"]
+
+
+def test_a_pipe_stays_and_is_written(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        benchmark_results.write_json({"n": 1}, benchmark_results.output_file(str(pipe)))
+        assert json.loads(os.read(reader, 100)) == {"n": 1}
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        benchmark_results.write_json({}, tmp_path / "a.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("parse", [bench_cpu.parse, attention_share.parse, instructions.parse])
+def test_an_unusable_json_file_is_refused_before_anything_runs(
+    parse: Callable[[list[str]], object], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for place, words in [(tmp_path / "none" / "a.json", "folder that exists"), (tmp_path, "must be a file")]:
+        with pytest.raises(SystemExit) as exit_:
+            parse(["--json", str(place)])
+        assert exit_.value.code == 2
+        assert f"{words}; got {place}" in capsys.readouterr().err.replace("the folder ", "")
+
+
+def test_a_picture_needs_a_suffix_that_matplotlib_knows(capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("matplotlib")
+    for name in ("cpu", "cpu.json", "none/cpu.png"):
+        with pytest.raises(SystemExit):
+            bench_cpu.parse(["--plot", name])
+        assert f"got {name}" in capsys.readouterr().err
+    assert bench_cpu.parse(["--plot", "cpu.PNG"]).plot == Path("cpu.PNG")
+
+
 # --- Whole runs -------------------------------------------------------------------------------------------------------
 
 
@@ -329,13 +385,21 @@ def test_counts_come_from_callgrinds_file(
 # --- The share of attention -------------------------------------------------------------------------------------------
 
 
-def test_share_of_attention_in_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.fixture
+def tiny_llama() -> torch.nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4
     )
-    model = transformers.LlamaForCausalLM(config).eval()
-    rows = attention_share.measure(model, torch.randint(32, (1, 20)), 2, lambda name: None)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def test_share_of_attention_in_a_tiny_model(
+    tiny_llama: torch.nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    samples: attention_share.Samples = {}
+    attention_share.measure(tiny_llama, torch.randint(32, (1, 20)), 2, lambda name: None, samples)
+    rows = [attention_share.summary(name, taken) for name, taken in samples.items()]
     assert [r["model"] for r in rows] == ["plain, sdpa", "DCA"]
     for r in rows:
         assert 0 < r["attention_s"] < r["total_s"]
@@ -344,3 +408,22 @@ def test_share_of_attention_in_a_tiny_model(tmp_path: Path, capsys: pytest.Captu
     assert attention_share.table(rows).splitlines()[2].startswith("plain, sdpa")
     assert attention_share.main(["--model", str(tmp_path / "none")]) == 1
     assert "none" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_finished_repeats(
+    tiny_llama: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    whole, passes = attention_share.forward_once, []
+
+    def interrupted(*args: Any) -> dict[str, float]:
+        passes.append(args)
+        if len(passes) == 6:  # two to warm up, two of the first repeat, then the plain model's second
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(attention_share, "forward_once", interrupted)
+    monkeypatch.setattr(attention_share.models, "load_model", lambda *_, **__: (tiny_llama, None))
+    assert attention_share.main(["--tokens=20", "--repeats=9", "--json=share.json"]) == 130
+    rows = json.loads(Path("share.json").read_text())["rows"]
+    assert [(r["model"], len(r["samples"])) for r in rows] == [("plain, sdpa", 2), ("DCA", 1)]
+    assert "plain, sdpa" in capsys.readouterr().out

