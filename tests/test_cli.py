@@ -232,6 +232,75 @@ def test_ask_refuses_options_that_make_no_sense(folder, document, options, capsy
     assert "usage: dca-ext ask" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--max-new-tokens", "x"], "must be a whole number, at least 1; got x"),
+        (["--temperature", "warm"], "must be a finite number, 0 or more; got warm"),
+        (["--temperature", "nan"], "must be a finite number, 0 or more; got nan"),
+        (["--seed", str(10**22)], f"must be from {-(2**63)} to {2**64 - 1}; got {10**22}"),
+    ],
+)
+def test_ask_says_which_numbers_it_takes(folder, document, options, words, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        ask(folder, document, *options)
+    assert exit_.value.code == 2
+    assert f"argument {options[0]}: {words}\n" in capsys.readouterr().err
+
+
+def test_ask_takes_numbers_that_are_large_or_tiny(folder, document, capsys):
+    answers = []
+    for options in (["--prefill-chunk", str(10**25)], ["--temperature", "1e-320", "--seed", str(2**64 - 1)]):
+        assert ask(folder, document, "--dtype", "float32", "--max-new-tokens", "8", *options) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1], "so cold a draw is the likeliest token"
+
+
+def test_ask_without_standard_input_is_one_sentence(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert ask(folder, "-") == 1
+    assert capsys.readouterr().err == "dca-ext ask: --file - cannot be read: standard input is closed\n"
+
+
+def test_question_that_is_not_utf8_is_read_all_the_same(folder, document, capsys):
+    question = b"na\xefve?".decode("utf-8", "surrogateescape")  # as sys.argv holds it
+    options = ["--model", str(folder), "--file", str(document), "--device", "cpu", "--max-new-tokens", "1"]
+    assert main(["ask", *options, question]) == 0
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes."), MemoryError()]
+)
+def test_ask_says_that_memory_ran_out(folder, document, monkeypatch, capsys, error):
+    def prefill(*args):
+        raise error
+
+    monkeypatch.setattr("dca_ext.cli.stream.prefill", prefill)
+    assert ask(folder, document) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "dca-ext ask: memory ran out" + (" (tried to allocate 7 bytes)" if str(error) else "")
+
+
+def test_other_errors_of_the_model_are_not_hidden(folder, document, monkeypatch):
+    def prefill(*args):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr("dca_ext.cli.stream.prefill", prefill)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        ask(folder, document)
+
+
+@pytest.mark.parametrize("name", ["cpu:3", "cuda:1"])
+def test_devices_that_are_not_there_are_refused(name, monkeypatch):
+    from dca_ext.cli.devices import pick_device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=f"--device must .*; got {name}$"):
+        pick_device(name)
+    assert pick_device("cuda:0") == torch.device("cuda:0")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_while_streaming_ends_with_130(folder, document):
     command = [sys.executable, "-m", "dca_ext", "ask", "--model", str(folder), "--file", str(document)]

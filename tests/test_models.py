@@ -200,6 +200,30 @@ def test_damaged_files_are_refused_in_one_sentence(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_file_that_may_not_be_read_is_one_sentence(tmp_path, monkeypatch):
+    def forbidden(*_):
+        raise PermissionError(13, "Permission denied", "secret.gguf")
+
+    (tmp_path / "secret.gguf").touch()
+    monkeypatch.setattr(Path, "open", forbidden)
+    with pytest.raises(ModelUnavailable, match=r"secret.gguf cannot be loaded: Permission denied$"):
+        load_model(tmp_path / "secret.gguf")
+
+
+def test_home_of_nobody_is_one_sentence(monkeypatch):
+    with pytest.raises(ModelUnavailable, match=r"^~no-such-user/x cannot be loaded: "):
+        load_model("~no-such-user/x")
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    for name in ("DCA_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ModelUnavailable, match=r"no home folder .*: set DCA_CACHE"):
+        load_smollm2()
+
+
 # --- Folders and names -----------------------------------------------------------------------------------------------
 
 

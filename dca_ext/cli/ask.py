@@ -6,6 +6,7 @@ The answer goes to standard output as it is generated; counts, progress and spee
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dca_ext import DCAConfig
+from dca_ext.cli.arguments import integer, not_negative_number, positive
 from dca_ext.cli.devices import native_dtype, pick_device
 from dca_ext.cli.models import SMOLLM2, ModelUnavailable, load_model, progress_bar, quiet_transformers
 
@@ -39,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
         help="answer a question about a document longer than the model's window",
         description="Answer a question about a document that may be longer than the model's window.",
     )
-    parser.add_argument("question", help="what to answer from the document")
+    parser.add_argument("question", type=_whole_text, help="what to answer from the document")
     parser.add_argument("--file", required=True, help="the document, UTF-8 text; - reads standard input")
     parser.add_argument("--model", default=SMOLLM2, help="a folder, a GGUF file, a hub name, or smollm2 (the default)")
     parser.add_argument("--device", help="cpu or cuda[:N] (default: cuda where the CUDA kernels are built, else cpu)")
@@ -48,15 +50,17 @@ def add_parser(subparsers: Any) -> None:
         choices=_DTYPES,
         help="of weights and cache (default: bfloat16 on a GPU or a CPU that multiplies it, else float32)",
     )
-    parser.add_argument("--max-new-tokens", type=_positive, default=200, help="default: 200")
-    parser.add_argument("--temperature", type=_not_negative, default=0.0, help="default: 0, the likeliest token")
-    parser.add_argument("--seed", type=int, default=0, help="for --temperature above 0; default: 0")
-    parser.add_argument("--prefill-chunk", type=_positive, default=2048, help="tokens read at a time; default: 2048")
+    parser.add_argument("--max-new-tokens", type=positive, default=200, help="default: 200")
+    parser.add_argument("--temperature", type=not_negative_number, default=0.0, help="default: 0, the likeliest token")
+    parser.add_argument(
+        "--seed", type=integer(-(2**63), 2**64 - 1), default=0, help="for --temperature above 0; default: 0"
+    )
+    parser.add_argument("--prefill-chunk", type=positive, default=2048, help="tokens read at a time; default: 2048")
     geometry = parser.add_argument_group("Dual Chunk Attention", "default: as the model's config says")
     geometry.add_argument("--no-dca", action="store_true", help="the model as it is, for comparison")
-    geometry.add_argument("--chunk-size", type=_positive, help="in tokens, with --local-window")
+    geometry.add_argument("--chunk-size", type=positive, help="in tokens, with --local-window")
     geometry.add_argument("--local-window", type=int, help="in tokens, with --chunk-size")
-    geometry.add_argument("--pretraining-length", type=_positive, help="derive the geometry from this many tokens")
+    geometry.add_argument("--pretraining-length", type=positive, help="derive the geometry from this many tokens")
     parser.set_defaults(parser=parser)
 
 
@@ -70,7 +74,18 @@ def run(args: argparse.Namespace) -> int:
     except (AskError, ModelUnavailable) as error:
         print(f"dca-ext ask: {error}", file=sys.stderr)
         return 1
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        tried = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+        print(f"dca-ext ask: memory ran out{f' ({tried[0]})' if tried else ''}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; torch has a type for a GPU's, but a CPU's shows in the message alone."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _answer(args: argparse.Namespace, document: str, device: torch.device, dca_config: DCAConfig | None) -> None:
@@ -88,7 +103,7 @@ def _answer(args: argparse.Namespace, document: str, device: torch.device, dca_c
 
     started = time.perf_counter()
     with _reading_bar(prompt.shape[1]) as advance:
-        logits, cache = prefill(model, prompt, args.prefill_chunk, advance)
+        logits, cache = prefill(model, prompt, min(args.prefill_chunk, prompt.shape[1]), advance)
     read = time.perf_counter()
     choose = sampler(args.temperature, args.seed) if args.temperature > 0 else greedy
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
@@ -112,6 +127,8 @@ def read_document(file: str) -> str:
     Raises:
         AskError: if it cannot be read or holds nothing but white space.
     """
+    if file == "-" and sys.stdin is None:
+        raise AskError("--file - cannot be read: standard input is closed")
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except OSError as error:
@@ -124,6 +141,11 @@ def read_document(file: str) -> str:
     if not text.strip():
         raise AskError(f"--file {file} is empty")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _whole_text(argument: str) -> str:
+    """An argument with U+FFFD for bytes that are not UTF-8, which Python hands over as lone surrogates."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def build_prompt(tokenizer: Any, document: str, question: str) -> tuple[Tensor, int]:
@@ -228,17 +250,3 @@ def _rate(tokens: int, seconds: float) -> str:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be 0 or more; got {value}")
-    return value

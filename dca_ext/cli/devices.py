@@ -21,10 +21,12 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"--device must be cpu, cuda or cuda:N; got {name}") from error
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index is not None):
         raise ValueError(f"--device must be cpu, cuda or cuda:N; got {name}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch {torch.__version__} sees no CUDA device here")
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(f"--device must name one of {torch.cuda.device_count()} CUDA devices, from 0; got {name}")
     return device
 
 

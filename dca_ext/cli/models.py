@@ -86,10 +86,19 @@ def load_smollm2(
 
 
 def default_cache_dir() -> Path:
-    """The folder for downloaded models: ``$DCA_CACHE``, ``$XDG_CACHE_HOME/dca_ext`` or ``~/.cache/dca_ext``."""
+    """The folder for downloaded models: ``$DCA_CACHE``, ``$XDG_CACHE_HOME/dca_ext`` or ``~/.cache/dca_ext``.
+
+    Raises:
+        ModelUnavailable: if there is neither of them nor a home.
+    """
     if os.environ.get("DCA_CACHE"):
         return Path(os.environ["DCA_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dca_ext"
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "dca_ext"
+    try:
+        return Path.home() / ".cache" / "dca_ext"
+    except RuntimeError as error:
+        raise ModelUnavailable("this user has no home folder to keep models in: set DCA_CACHE to a folder") from error
 
 
 def _convert_smollm2(cache: Path, folder: Path, progress: Progress | None) -> None:
@@ -285,6 +294,13 @@ def load_model(
     Raises:
         ModelUnavailable: if there is no such thing, or transformers cannot read it.
     """
+    with _one_sentence(str(path_or_name)):  # files that may not be read, homes of nobody
+        return _from_path_or_name(path_or_name, dtype, device, progress)
+
+
+def _from_path_or_name(
+    path_or_name: str | Path, dtype: torch.dtype | None, device: str | torch.device, progress: Progress | None
+) -> tuple[Any, Any]:
     path = Path(path_or_name).expanduser()
     if path.is_dir():
         if (path / "config.json").is_file():
@@ -365,6 +381,8 @@ def _one_sentence(name: str) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     """Of its message; its type where it has none."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror  # without number and file
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -70,9 +70,12 @@ def greedy(logits: Tensor) -> int:
 def sampler(temperature: float, seed: int) -> Callable[[Tensor], int]:
     """Draws from softmax(logits / temperature), on the CPU, so that a seed means the same on every device."""
     generator = torch.Generator().manual_seed(seed)
+    divisor = max(temperature, torch.finfo(torch.float32).tiny)
 
     def choose(logits: Tensor) -> int:
-        weights = torch.softmax(logits.float().cpu() / temperature, dim=-1)
+        logits = logits.float().cpu()
+        # Less the largest, which stays 0 however small the divisor; softmax of an inf would be NaN.
+        weights = torch.softmax((logits - logits.max()) / divisor, dim=-1)
         return int(torch.multinomial(weights, 1, generator=generator))
 
     return choose
