@@ -347,6 +347,32 @@ def test_info_says_why_no_kernel_takes_a_shape(capsys):
     assert "num_heads" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "options",
+    [["--kv-heads", "0"], ["--max-position", "0"], ["--seqlen-q", "99999999999"], ["--chunk-len", str(2**31)]],
+)
+def test_info_refuses_numbers_that_no_kernel_takes(options, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["info", *options])
+    assert exit_.value.code == 2
+    assert re.search(
+        rf"argument {options[0]}: must be from [01] to 2147483647; got {options[1]}\n", capsys.readouterr().err
+    )
+
+
+def test_info_fills_in_heads_and_positions(capsys):
+    for options, heads, max_position in [
+        ([], (9, 3), 3072),
+        (["--heads", "9"], (9, 9), 3072),
+        (["--kv-heads", "1"], (9, 1), 3072),
+        (["--chunk-len", str(2**31 - 1)], (9, 3), 2**31 - 1),
+    ]:
+        assert main(["info", "--json", *options]) == 0
+        kernel = json.loads(capsys.readouterr().out)["kernel"]
+        assert (kernel["num_heads"], kernel["num_heads_kv"]) == heads
+        assert kernel["max_position"] == max_position
+
+
 # --- the command itself ----------------------------------------------------------------------------------------------
 
 

@@ -149,6 +149,37 @@ def test_without_the_real_model_the_demo_says_so_and_ends_well(tmp_path, capsys,
     assert "smollm2" not in json.loads((tmp_path / "figures.json").read_text())
 
 
+def test_demo_refuses_texts_and_lengths_before_any_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "perform_tiny", lambda *_: pytest.fail("act 1 ran"))
+    text = tmp_path / "text"
+    for content, options, words in [
+        (b" \n", [], f"--text must hold some text; got {text}, which is empty"),
+        ("ab\u00e9".encode("latin-1"), [], f"--text must be UTF-8; got {text}, which is not at byte 2"),
+        (b"a" * 5000, ["--tokens", "2144"], "--tokens must be at least 2145; got 2144"),
+        (b"a" * 5000, ["--tokens", "5001"], "what the text has, which is 5000 bytes long; got 5001"),
+    ]:
+        text.write_bytes(content)
+        assert demo.run(demo_args("--output-dir", str(tmp_path / "out"), "--text", str(text), *options)) == 1
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_paths_are_printed_as_they_are(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "perform_tiny", lambda *_: {})
+
+    def real(args, device, text, console):
+        demo.show(console, [], {"source": str(args.text), "python": "3", "bytes": "1", "sha256": "0"})
+
+    monkeypatch.setattr(demo, "perform_real", real)
+    text = tmp_path / "a[b]c:heart:.txt"
+    text.write_text("a" * 20000)
+    folder = tmp_path / "[" / "x]"
+    assert demo.run(demo_args("--output-dir", str(folder), "--text", str(text))) == 0
+    out = capsys.readouterr().out
+    assert f"are in {folder}." in out
+    assert f"Text: {text};" in out
+
+
 @pytest.mark.parametrize("seqlen", [6000, 8192])
 def test_long_text_has_its_keys_and_copies_where_it_says(seqlen):
     text = "".join(chr(97 + random.Random(i).randrange(26)) for i in range(seqlen))

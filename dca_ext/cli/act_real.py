@@ -30,6 +30,7 @@ COPY_LENGTH = 1 / 32
 COPY_DISTANCES = (3 / 16, 6 / 16, 9 / 16)
 LAST = 1 / 8
 BUCKETS = 16
+MIN_TOKENS = 2145  # that `compose` asks for with SmolLM2's tokenizer, whatever the seed
 
 STATEMENT = "\nThe pass key of {city} is"
 WINDOW = "window"  # the baseline that forgets: vanilla over the last `context` tokens alone

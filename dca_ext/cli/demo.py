@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dca_ext.cli.arguments import positive
+
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
@@ -62,21 +64,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def positive(text: str) -> int:
-    """An argument that counts something."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
-    return value
-
-
 def run(args: argparse.Namespace) -> int:
     """Runs the demo -> 0 when what could run did, 1 for an argument that does not do (after a sentence)."""
     for name in NEEDS:
         importlib.import_module(name)  # before any work: the command line turns a missing one into a sentence
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # users' paths are what they are
     try:
         return perform(args, console)
     except (OSError, ValueError) as error:
@@ -89,9 +83,9 @@ def perform(args: argparse.Namespace, console: Console) -> int:
     from dca_ext.cli.devices import pick_device
 
     device = pick_device(args.device)
-    text = None
-    if args.text is not None:
-        text = args.text.read_text(encoding="utf-8")
+    text = read_text(args.text)
+    if not args.tiny:
+        check_tokens(args.tokens, text)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {"environment": environment(device), "seed": args.seed}
     figures["tiny"] = perform_tiny(args, device, console)
@@ -103,6 +97,32 @@ def perform(args: argparse.Namespace, console: Console) -> int:
             save_json(figures, args.output_dir / "figures.json")
     console.print(f"Figures and pictures are in {args.output_dir}.", soft_wrap=True)
     return 0
+
+
+def read_text(path: Path | None) -> str:
+    """Act 2's text; raises OSError or ValueError, which name the file, for one that does not do."""
+    from dca_ext.cli.tasks import topics_text
+
+    if path is None:
+        return topics_text()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text must be UTF-8; got {path}, which is not at byte {error.start:,}") from error
+    if not text.strip():
+        raise ValueError(f"--text must hold some text; got {path}, which is empty")
+    return text
+
+
+def check_tokens(tokens: int, text: str) -> None:
+    """Refuses now what `act_real.compose` would refuse after act 1, as far as it shows without the tokenizer."""
+    from dca_ext.cli.act_real import MIN_TOKENS
+
+    if tokens < MIN_TOKENS:
+        raise ValueError(f"--tokens must be at least {MIN_TOKENS}; got {tokens}")
+    size = len(text.encode())
+    if size < tokens:  # a token is a byte or more
+        raise ValueError(f"--tokens must be at most what the text has, which is {size} bytes long; got {tokens}")
 
 
 def perform_tiny(args: argparse.Namespace, device: torch.device, console: Console) -> dict[str, Any]:
@@ -123,21 +143,18 @@ def perform_tiny(args: argparse.Namespace, device: torch.device, console: Consol
     return figures
 
 
-def perform_real(
-    args: argparse.Namespace, device: torch.device, text: str | None, console: Console
-) -> dict[str, Any] | None:
+def perform_real(args: argparse.Namespace, device: torch.device, text: str, console: Console) -> dict[str, Any] | None:
     """Act 2: load, measure, show, draw; None, with the reason printed, where the model cannot be had."""
     from dca_ext.cli import act_real, charts, models, tables
-    from dca_ext.cli.tasks import describe_text, topics_text
+    from dca_ext.cli.tasks import describe_text
 
     console.rule("Act 2: SmolLM2-135M-Instruct, trained at 8192 positions")
-    source = str(args.text) if text is not None else "pydoc_data.topics, the language reference"
-    text = topics_text() if text is None else text
+    source = str(args.text or "pydoc_data.topics, the language reference")
     try:
         with models.progress_bar() as progress:
             model, tokenizer = models.load_smollm2(progress=progress)
     except models.ModelUnavailable as error:
-        console.print(f"Act 2 is left out: {error}", markup=False)
+        console.print(f"Act 2 is left out: {error}")
         return None
     model = model.to(device, pick_dtype(args.dtype, device)).eval()
     long_text = act_real.compose(tokenizer, text, args.tokens, args.seed)

@@ -9,6 +9,8 @@ import platform
 import sys
 from typing import Any
 
+from dca_ext.cli.arguments import INT_MAX, integer, positive_int
+
 #: Distributions whose versions matter when something behaves oddly; "-" stands for those that are not installed.
 _DISTRIBUTIONS = ("transformers", "safetensors", "gguf", "numpy")
 
@@ -25,13 +27,13 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     shape = parser.add_argument_group("shape", "of the attention call whose kernel to name")
-    shape.add_argument("--seqlen-q", type=int, default=4096, help="queries; default: 4096")
-    shape.add_argument("--seqlen-k", type=int, help="keys; default: as many as queries")
-    shape.add_argument("--heads", type=int, default=9, help="query heads; default: 9")
-    shape.add_argument("--kv-heads", type=int, help="key and value heads; default: 3, or --heads if given")
-    shape.add_argument("--head-dim", type=int, default=64, help="default: 64")
-    shape.add_argument("--chunk-len", type=int, default=2560, help="default: 2560")
-    shape.add_argument("--max-position", type=int, help="default: 6/5 of --chunk-len")
+    shape.add_argument("--seqlen-q", type=integer(0, INT_MAX), default=4096, help="queries; default: 4096")
+    shape.add_argument("--seqlen-k", type=integer(0, INT_MAX), help="keys; default: as many as queries")
+    shape.add_argument("--heads", type=positive_int, help="query heads; default: 9")
+    shape.add_argument("--kv-heads", type=positive_int, help="key and value heads; default: 3, or --heads if given")
+    shape.add_argument("--head-dim", type=positive_int, default=64, help="default: 64")
+    shape.add_argument("--chunk-len", type=positive_int, default=2560, help="default: 2560")
+    shape.add_argument("--max-position", type=positive_int, help="default: 6/5 of --chunk-len")
     shape.add_argument(
         "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="default: float32"
     )
@@ -101,14 +103,14 @@ def _kernel(args: argparse.Namespace) -> dict[str, Any]:
     none would."""
     from dca_ext import _core
 
-    kv_heads = args.kv_heads or (3 if args.heads == 9 else args.heads)
-    # ChunkLlama's geometry, chunk_len 5c/8 and max_position 3c/4, where its two bounds allow it.
-    max_position = args.max_position or max(args.chunk_len, min(args.chunk_len * 6 // 5, 2 * args.chunk_len - 1))
+    # ChunkLlama's geometry, chunk_len 5c/8 and max_position 3c/4, where its bounds allow it.
+    bound = min(args.chunk_len * 6 // 5, 2 * args.chunk_len - 1, INT_MAX)
+    max_position = max(args.chunk_len, bound) if args.max_position is None else args.max_position
     shape = {
         "seqlen_q": args.seqlen_q,
         "seqlen_k": args.seqlen_q if args.seqlen_k is None else args.seqlen_k,
-        "num_heads": args.heads,
-        "num_heads_kv": kv_heads,
+        "num_heads": 9 if args.heads is None else args.heads,
+        "num_heads_kv": args.kv_heads or args.heads or 3,
         "head_dim": args.head_dim,
         "chunk_len": args.chunk_len,
         "max_position": max_position,
