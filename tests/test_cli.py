@@ -447,8 +447,55 @@ def test_ctrl_c_is_130_without_traceback(monkeypatch, capsys):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="uses a POSIX pipe")
 def test_reader_that_leaves_is_no_error():
-    # Unbuffered output would break while it is written; buffered output, the usual one, when it is flushed.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    command = f"{sys.executable} -m dca_ext info --json | true"
-    done = subprocess.run([command], shell=True, capture_output=True, text=True, timeout=120, env=environment)
+    done = in_a_shell("-m dca_ext info --json | true")
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="uses a POSIX pipe")
+def test_reader_of_the_help_that_leaves_is_no_error():
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "dca_ext", "info", "--help"]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, timeout=120, env=buffered())
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="uses a POSIX shell")
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("-m dca_ext info >&-", "dca-ext: standard output is closed"),
+        ("-m dca_ext info > out", "dca-ext: the output cannot be written: File too large"),
+        ("-m dca_ext info --help > out", "dca-ext: the output cannot be written: File too large"),
+    ],
+)
+def test_output_that_cannot_be_written_is_one_sentence(command, words):
+    done = in_a_shell(command, before="ulimit -f 0; ")  # no file may have a byte, as on a full disk
+    assert done.returncode == 1
+    assert done.stderr == words + "\n"
+
+
+def test_characters_that_the_output_lacks_become_question_marks(monkeypatch):
+    from dca_ext.cli import info
+
+    def run(args):
+        print("漢字 é")
+        return 0
+
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="latin-1"))
+    monkeypatch.setattr(info, "run", run)
+    assert main(["info"]) == 0
+    assert output.getvalue() == "?? é\n".encode("latin-1")
+
+
+def buffered() -> dict[str, str]:
+    """An environment whose output breaks when it is flushed, as it does by default, and not while it is written."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
+def in_a_shell(command: str, before: str = "") -> subprocess.CompletedProcess:
+    """Runs Python with ``command`` behind it."""
+    command = f"{before}{sys.executable} {command}"
+    return subprocess.run([command], shell=True, capture_output=True, text=True, timeout=120, env=buffered())

@@ -7,7 +7,9 @@ one asked for, so that ``dca-ext info`` works without the packages that the othe
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -23,22 +25,32 @@ _DEMO_MODULES = frozenset({"gguf", "matplotlib", "rich", "safetensors", "tokeniz
 
 _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
+#: What a full disk, a quota, a limit or a broken disk gives for a write.
+_CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line ``argv`` (default: the process's) -> exit status: 0, 1 for a failure that a sentence on
     standard error explains, 130 after Ctrl-C. A command line that makes no sense exits with 2, from argparse."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    if sys.stdout is None:
+        print("dca-ext: standard output is closed", file=sys.stderr)
+        return 1
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a ? in an answer is better than no answer
     try:
-        args = _build_parser(argv).parse_args(argv)
-        status: int = args.run(args)
-        sys.stdout.flush()  # here, where a reader that has left can still be told from an error
-        return status
+        return _run(argv)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has left; the interpreter would complain when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()  # whoever read it has left
+        return 1
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        _discard_output()
+        print(f"dca-ext: the output cannot be written: {error.strerror}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
@@ -46,6 +58,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"dca-ext: this needs the package {package}: pip install 'dca-ext[demo]'", file=sys.stderr)
         return 1
+
+
+def _run(argv: Sequence[str]) -> int:
+    """Parses and carries out ``argv``; what it printed is flushed here, where a reader that has left can still be told
+    from an error."""
+    try:
+        args = _build_parser(argv).parse_args(argv)
+    except SystemExit:  # after --help and --version too
+        sys.stdout.flush()
+        raise
+    status: int = args.run(args)
+    sys.stdout.flush()
+    return status
+
+
+def _discard_output() -> None:
+    """Keeps the interpreter from complaining at exit, when it flushes what could not be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
