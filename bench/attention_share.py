@@ -31,7 +31,8 @@ from torch import Tensor
 
 from dca_ext import functional, replace_attention, restore_attention
 from dca_ext.cli import models
-from dca_ext.cli.demo import positive, progress_bar
+from dca_ext.cli.arguments import positive
+from dca_ext.cli.demo import progress_bar
 from dca_ext.cli.quality import watching_layers
 
 DTYPES = ("float32", "bfloat16")

@@ -42,6 +42,7 @@ from cpu_timing import cpu_facts
 from peak_memory import peak_memory
 from rich.console import Console
 
+from dca_ext.cli.arguments import integer, positive, positive_int, positive_number
 from dca_ext.cli.demo import progress_bar
 
 DEFAULTS: dict[str, Any] = {
@@ -80,12 +81,9 @@ def memory_rows(args: argparse.Namespace) -> Iterator[Row]:
 # --- The command line -------------------------------------------------------------------------------------------------
 
 
-def positive(text: str) -> int:
-    """A count or a length."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
-    return value
+MOST_THREADS = 4096
+#: Of a chunk: twelve times what a model trained at 128k takes. The rotary tables grow with it.
+MOST_CHUNK_LEN = 2**20
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -95,15 +93,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="all shapes, float32 and bfloat16, 1k to 32k")
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), metavar="NAME", help=", ".join(SHAPES))
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], metavar="DTYPE")
-    parser.add_argument("--prefill", type=positive, nargs="*", help="lengths in tokens; none given: no prefill")
-    parser.add_argument("--decode", type=positive, nargs="*", help="keys in the cache; none given: no decode")
+    parser.add_argument("--prefill", type=positive_int, nargs="*", help="lengths in tokens; none given: no prefill")
+    parser.add_argument("--decode", type=positive_int, nargs="*", help="keys in the cache; none given: no decode")
     parser.add_argument(
-        "--module", type=positive, nargs="*", default=[], help="lengths at which LlamaAttention is timed as a whole"
+        "--module", type=positive_int, nargs="*", default=[], help="lengths at which LlamaAttention is timed as a whole"
     )
     parser.add_argument(
-        "--memory", type=positive, nargs="*", help="also measure the memory of a prefill (at 4k to 32k)"
+        "--memory", type=positive_int, nargs="*", help="also measure the memory of a prefill (at 4k to 32k)"
     )
-    parser.add_argument("--chunk-len", type=positive, default=2560)
+    parser.add_argument("--chunk-len", type=integer(1, MOST_CHUNK_LEN), default=2560)
     parser.add_argument(
         "--contenders", nargs="+", default=[], metavar="NAME", help=f"beginnings of rivals' names: {', '.join(rivals)}"
     )
@@ -112,11 +110,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--budget",
-        type=float,
+        type=positive_number,
         help="seconds that the pairs of one contender on one case may take; then fewer pairs, and below three it is "
         "left out (120; --full: 600)",
     )
-    parser.add_argument("--threads", type=positive, help="torch's; default: its own choice")
+    parser.add_argument("--threads", type=integer(1, MOST_THREADS), help="torch's; default: its own choice")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="figures and samples, written after each case")
     parser.add_argument("--plot", type=plot_file, metavar="FILE", help="a picture; needs matplotlib")
     args = parser.parse_args(arguments)

