@@ -301,7 +301,6 @@ def test_devices_that_are_not_there_are_refused(name, monkeypatch):
     assert pick_device("cuda:0") == torch.device("cuda:0")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_while_streaming_ends_with_130(folder, document):
     command = [sys.executable, "-m", "dca_ext", "ask", "--model", str(folder), "--file", str(document)]
     command += ["--max-new-tokens", "1000000", "--device", "cpu", QUESTION]
@@ -445,13 +444,11 @@ def test_ctrl_c_is_130_without_traceback(monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="uses a POSIX pipe")
 def test_reader_that_leaves_is_no_error():
     done = in_a_shell("-m dca_ext info --json | true")
     assert done.stderr == ""
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="uses a POSIX pipe")
 def test_reader_of_the_help_that_leaves_is_no_error():
     read_end, write_end = os.pipe()
     os.close(read_end)
@@ -461,7 +458,6 @@ def test_reader_of_the_help_that_leaves_is_no_error():
     assert (done.returncode, done.stderr) == (1, b"")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="uses a POSIX shell")
 @pytest.mark.parametrize(
     ("command", "words"),
     [

@@ -13,7 +13,7 @@ if command -v ninja >/dev/null; then generator=(-G Ninja); fi
 # Several threads on any machine, so that there is something to race.
 export DCA_NUM_THREADS=4
 export UBSAN_OPTIONS=print_stacktrace=1
-export TSAN_OPTIONS=halt_on_error=1
+export TSAN_OPTIONS="halt_on_error=1 die_after_fork=0"  # a test starts threads in a child process
 
 build_with() {  # folder, flags
   cmake -S "$root" -B "$1" "${generator[@]}" -DDCA_BUILD_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \

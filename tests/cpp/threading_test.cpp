@@ -82,7 +82,7 @@ TEST(Threading, AChildProcessHasAPoolOfItsOwn) {
 // Where the system has no thread more: here, no memory for its stack.
 TEST(Threading, FewerThreadsThanWantedWillDo) {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-  GTEST_SKIP() << "a sanitizer takes more memory than the limit of this test leaves";
+  GTEST_SKIP() << "the limit on addresses by which this test keeps threads from starting leaves none to a sanitizer";
 #endif
   AttentionProblem problem(mixed_batch());
   const int result = in_a_child([&] {
