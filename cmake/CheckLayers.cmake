@@ -4,7 +4,7 @@
 #   layer        may include from the project              may include from outside
 #   include/dca  include/dca                               the C++ standard library
 #   reference    include/dca, reference                    "
-#   cpu          include/dca, dispatch (backends), cpu     "
+#   cpu          include/dca, dispatch (backends), cpu     ", the system's calls
 #   dispatch     include/dca, dispatch                     "
 #   kernels      include/dca, dispatch (kernels.h), kernels  ", CuTe and CUTLASS, the CUDA runtime
 #   torch        include/dca, torch                        ", torch's stable ABI
@@ -13,7 +13,7 @@
 set(_dca_headers "^dca/")
 set(DCA_LAYER_include "${_dca_headers}")
 set(DCA_LAYER_reference "${_dca_headers}|^[a-z_0-9]+\\.h$")
-set(DCA_LAYER_cpu "${_dca_headers}|^[a-z_0-9]+\\.(h|inc)$")
+set(DCA_LAYER_cpu "${_dca_headers}|^[a-z_0-9]+\\.(h|inc)$|^sys/syscall\\.h$")
 set(DCA_LAYER_dispatch "${_dca_headers}|^[a-z_0-9]+\\.h$")
 set(DCA_LAYER_kernels "${_dca_headers}|^(sm80/)?[a-z_0-9]+\\.h$|^(cute|cutlass)/")
 set(DCA_LAYER_torch "${_dca_headers}|^[a-z_0-9]+\\.h$|^torch/(csrc/stable|headeronly)/")

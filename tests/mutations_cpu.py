@@ -200,6 +200,41 @@ MUTATIONS = [
         modes=("portable_bf16",),
     ),
     Mutation(
+        "amx: a block's second tile of columns is the first",
+        CPU + "simd_tiles.inc",
+        "load_tile<kRight + 1>(b + kTileWords, kPanel);",
+        "load_tile<kRight + 1>(b, kPanel);",
+        modes=("amx_bf16",),
+    ),
+    Mutation(
+        "amx: sums begin with those of the block before",
+        CPU + "simd_tiles.inc",
+        "block.clear();",
+        "",
+        modes=("amx_bf16",),
+    ),
+    Mutation(
+        "amx: a query's last channels are left out",
+        CPU + "simd_tiles.inc",
+        "const bool second = 2 * w + kLanes < dim;",
+        "const bool second = 2 * w + 2 * kLanes < dim;",
+        modes=("amx_bf16",),
+    ),
+    Mutation(
+        "amx: weights of one key too many",
+        CPU + "simd_tiles.inc",
+        "BFloat16Tiles::round_weights(p, n);",
+        "BFloat16Tiles::round_weights(p, n + 1);",
+        modes=("amx_bf16",),
+    ),
+    Mutation(
+        "amx: a thread keeps its tiles",
+        CPU + "simd_tiles.inc",
+        'void end_tiles() { asm volatile("tilerelease"); }',
+        "void end_tiles() {}",
+        modes=("amx_bf16",),
+    ),
+    Mutation(
         "e4m3: NaN is read as a number",
         CPU + "simd_elements.inc",
         "_mm256_cvtph_ps(_mm_or_si128(half, nan))",
@@ -260,7 +295,7 @@ def run_tests(build: Path, mutation: Mutation, mode: str) -> bool:
 SUITE = Suite(
     mutations=MUTATIONS,
     unchanged=[Mutation("", CPU, "", "")],
-    modes=["native", "portable", "portable_bf16"],
+    modes=["native", "portable", "portable_bf16", "amx_bf16"],
     build=lambda tree, build: build_program(tree, build, "dca_cpp_tests", OPTIONS),
     run_tests=run_tests,
 )

@@ -66,7 +66,7 @@ class Scratch {
   Scratch(const AttentionParams& p, const MicroKernels& mk, const Plan& plan)
       : dim_(round_up(p.head_dim, mk.lanes)),
         panels_dim_(round_up(p.head_dim, mk.panel)),
-        packed_rows_(round_up<int64_t>(plan.max_packed_rows, kTileRows)),
+        packed_rows_(round_up<int64_t>(plan.max_packed_rows, packed_products(p, mk).group_rows)),
         rows_(std::max(packed_rows_, plan.max_unpacked_rows)) {
     const int64_t tile = packed_rows_ > 0 ? TileBuffers::count(packed_rows_, panels_dim_) : 0;
     buffers_ = round_up<int64_t>(std::max(tile, RowBuffers::count(plan.max_unpacked_rows, dim_)), 16);

@@ -12,7 +12,8 @@ namespace dca::cpu {
 
 inline constexpr int32_t kBlockKeys = 128;  ///< keys that a tile packs at a time; the row stride of its logits
 inline constexpr int32_t kPanelGap = 16;    ///< words between panels of values
-inline constexpr int32_t kTileRows = 6;     ///< rows of a product in registers: 6 x 2 sums, 2 operands, 1 broadcast
+inline constexpr int32_t kMaxGroupRows = 16;
+inline constexpr int32_t kMaxStripRows = 64;
 
 /// Rows of one attention head in a cache: row r at data + r * stride elements, head_dim contiguous elements each. In an
 /// Int8 cache they stand for themselves times scales[r * scale_stride]; the micro-kernels take them without it.
@@ -58,11 +59,18 @@ struct BlockRows {
 /// The two products of a query tile with a block of keys and values, on packed operands (simd_packed.inc).
 ///
 /// Operands are stored in words of 32 bits, each one fp32 number or more numbers of fewer bits; buffers of words have
-/// room for whole groups of kTileRows rows and for kBlockKeys keys.
+/// room for whole groups of rows and for kBlockKeys keys.
 struct PackedProducts {
   int32_t numbers_per_word;
+  int32_t depth_words;  ///< operands end with whole steps of so many words: what is missing is 0
+  int32_t group_rows;   ///< rows that a product takes at a time, up to kMaxGroupRows
+  int32_t strip_rows;   ///< rows best taken one after the other by each product, whole groups, up to kMaxStripRows
 
-  /// Packs m rows of q (m, dim).
+  /// A thread's products lie between these two; either may be nullptr.
+  void (*begin)();
+  void (*end)();
+
+  /// Packs a group: m rows of q (m, dim), with zeros behind them up to whole vectors.
   void (*pack_queries)(const float* q, int64_t ldq, int32_t m, int32_t dim, float* packed);
 
   void (*pack_keys)(const BlockRows& keys, int32_t dim, float* packed);
@@ -73,10 +81,10 @@ struct PackedProducts {
   /// Rounds a row of n weights, in place, to words.
   void (*round_weights)(float* p, int32_t n);
 
-  /// s (m rounded up to kTileRows, n rounded up to a panel; rows of kBlockKeys floats) = scale * queries * keys^T.
+  /// s (m rounded up to groups, n rounded up to a panel; rows of kBlockKeys floats) = scale * queries * keys^T.
   void (*qk)(const float* queries, int32_t m, const float* keys, int32_t n, int32_t dim, float scale, float* s);
 
-  /// o (m rounded up to kTileRows, dim rounded up to lanes) += weights (rows of kBlockKeys words) * values (n, dim).
+  /// o (m rounded up to groups, dim rounded up to lanes) += weights (rows of kBlockKeys words) * values (n, dim).
   void (*pv)(const float* p, int32_t m, const float* values, int32_t n, int32_t dim, float* o, int64_t ldo);
 };
 
@@ -143,6 +151,13 @@ extern const MicroKernels kMicroKernelsAvx512;
 #endif
 #if defined(DCA_CPU_HAS_AVX512_BF16)
 extern const MicroKernels kMicroKernelsAvx512BFloat16;
+#endif
+#if defined(DCA_CPU_HAS_AMX)
+extern const MicroKernels kMicroKernelsAmxBFloat16;
+
+/// Asks the system for AMX's tile registers, which a process has only on request. False where the processor or the
+/// system has none. (C's linkage, so that a test can put an emulator in its place.)
+extern "C" bool dca_cpu_request_amx();
 #endif
 
 /// The set in use: the best that this machine runs, or the one that the environment variable DCA_CPU_ISA names.

@@ -9,41 +9,61 @@
 
 namespace dca::cpu {
 
-/// Buffers of one worker. `dim` is head_dim rounded up to whole panels, `rows` a multiple of kTileRows.
+/// The products of a task's tiles: those of bfloat16 where keys and values are and the machine can, else fp32. Factors
+/// on the logits come after the product, so that Q is rounded as the model would round it.
+inline const PackedProducts& packed_products(const AttentionParams& p, const MicroKernels& mk) {
+  const bool bfloat16 = p.dtype == DType::BFloat16 && dtype_of_cache(p) == DType::BFloat16;
+  return bfloat16 && mk.bfloat16 != nullptr ? *mk.bfloat16 : mk.fp32;
+}
+
+/// Buffers of one worker. `dim` is head_dim rounded up to whole panels, `rows` a multiple of a group.
 struct TileBuffers {
   float* queries;  ///< (rows, dim) packed
   float* keys;     ///< (kBlockKeys, dim) packed
   float* values;   ///< (kBlockKeys, dim) packed, kPanelGap between panels
-  float* logits;   ///< (kStripRows, kBlockKeys)
-  float* staged;   ///< (kTileRows, dim)
-
-  /// 24 rows: their logits take 12 KiB, and so do their queries and outputs at head_dim 128.
-  static constexpr int32_t kStripRows = 24;
-  static_assert(kStripRows % kTileRows == 0, "only the last strip of a tile may end with a part of a group");
+  float* logits;   ///< (kMaxStripRows, kBlockKeys)
+  float* staged;   ///< (kMaxGroupRows, dim)
 
   static int64_t count(int64_t rows, int64_t dim) {
-    return rows * dim + kBlockKeys * (2 * dim + kStripRows) + dim * kPanelGap + kTileRows * dim;
+    return rows * dim + kBlockKeys * (2 * dim + kMaxStripRows) + dim * kPanelGap + kMaxGroupRows * dim;
   }
   TileBuffers(int64_t rows, int64_t dim, float* memory) {
     keys = memory;
     values = keys + kBlockKeys * dim;
     logits = values + (kBlockKeys + kPanelGap) * dim;
-    queries = logits + kStripRows * kBlockKeys;
+    queries = logits + kMaxStripRows * kBlockKeys;
     staged = queries + rows * dim;
   }
+};
+
+/// Encloses the products of one thread.
+class ProductsScope {
+ public:
+  explicit ProductsScope(const PackedProducts& products) : products_(products) {
+    if (products_.begin != nullptr) products_.begin();
+  }
+  ~ProductsScope() {
+    if (products_.end != nullptr) products_.end();
+  }
+  ProductsScope(const ProductsScope&) = delete;
+  ProductsScope& operator=(const ProductsScope&) = delete;
+
+ private:
+  const PackedProducts& products_;
 };
 
 class TileWalk {
  public:
   TileWalk(const TaskContext& context, const TileBuffers& buffers)
       : c_(context),
-        products_(products_for(context.p, context.mk)),
+        products_(packed_products(context.p, context.mk)),
         w_(buffers),
-        queries_stride_((c_.p.head_dim + products_.numbers_per_word - 1) / products_.numbers_per_word),
+        query_words_(words_of_query(products_, c_.p.head_dim)),
         logit_factor_(c_.rows.logit_factor(0)) {}
 
   void run() {
-    c_.state.clear((c_.rows.count() + kTileRows - 1) / kTileRows * kTileRows);
+    const ProductsScope scope(products_);
+    c_.state.clear((c_.rows.count() + products_.group_rows - 1) / products_.group_rows * products_.group_rows);
     for (SegmentIterator it(c_.p.chunk, c_.task.q_begin, c_.task.q_end, c_.p.segments, c_.task.window); !it.done();
          it.next()) {
       load_queries(it.segment());
@@ -56,20 +76,16 @@ class TileWalk {
   }
 
  private:
-  static constexpr int32_t kStripRows = TileBuffers::kStripRows;
-
-  // Keys and values of bfloat16 are multiplied as they are where the machine can, else everything in fp32. Factors on
-  // the logits come after the product, so that Q is rounded as the model would round it.
-  static const PackedProducts& products_for(const AttentionParams& p, const MicroKernels& mk) {
-    const bool bfloat16 = p.dtype == DType::BFloat16 && dtype_of_cache(p) == DType::BFloat16;
-    return bfloat16 && mk.bfloat16 != nullptr ? *mk.bfloat16 : mk.fp32;
+  static int32_t words_of_query(const PackedProducts& products, int32_t head_dim) {
+    const int32_t words = (head_dim + products.numbers_per_word - 1) / products.numbers_per_word;
+    return (words + products.depth_words - 1) / products.depth_words * products.depth_words;
   }
 
-  float* queries(int32_t row) const { return w_.queries + static_cast<int64_t>(row) * queries_stride_; }
+  float* queries(int32_t row) const { return w_.queries + static_cast<int64_t>(row) * query_words_; }
 
   void load_queries(Segment segment) {
-    for (int32_t first = 0; first < c_.rows.count(); first += kTileRows) {
-      const int32_t m = std::min(kTileRows, c_.rows.count() - first);
+    for (int32_t first = 0; first < c_.rows.count(); first += products_.group_rows) {
+      const int32_t m = std::min(products_.group_rows, c_.rows.count() - first);
       for (int32_t r = 0; r < m; ++r) c_.rows.load(first + r, segment, c_.state.dim, w_.staged + r * c_.state.dim);
       products_.pack_queries(w_.staged, c_.state.dim, m, c_.p.head_dim, queries(first));
     }
@@ -93,9 +109,9 @@ class TileWalk {
     products_.pack_keys(rows_of(c_.keys, begin, n), c_.p.head_dim, w_.keys);
     const BlockRows values = rows_of(c_.values, begin, n);
     const bool finite = products_.pack_values(values, c_.p.head_dim, w_.values);
-    for (int32_t first = 0; first < c_.rows.count(); first += kStripRows) {
-      const int32_t m = std::min(kStripRows, c_.rows.count() - first);
-      int32_t seen[kStripRows];
+    for (int32_t first = 0; first < c_.rows.count(); first += products_.strip_rows) {
+      const int32_t m = std::min(products_.strip_rows, c_.rows.count() - first);
+      int32_t seen[kMaxStripRows];
       for (int32_t r = 0; r < m; ++r) seen[r] = c_.rows.visible(first + r, begin, n, masked);
       const int32_t most = *std::max_element(seen, seen + m);
       if (most == 0) continue;
@@ -138,7 +154,7 @@ class TileWalk {
   const TaskContext& c_;
   const PackedProducts& products_;
   const TileBuffers w_;
-  const int32_t queries_stride_;
+  const int32_t query_words_;
   const float logit_factor_;
 };
 

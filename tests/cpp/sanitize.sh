@@ -22,7 +22,7 @@ build_with() {  # folder, flags
 }
 
 build_with "$build/address" "-fsanitize=address,undefined"
-for isa in portable portable_bf16 avx2 avx512 avx512_bf16; do
+for isa in portable portable_bf16 avx2 avx512 avx512_bf16 amx_bf16; do
   status=0
   DCA_CPU_ISA=$isa "$build/address/tests/cpp/dca_cpp_tests" --gtest_brief=1 || status=$?
   if [ "$status" -ne 0 ] && [ "$status" -ne 77 ]; then exit "$status"; fi  # 77: this machine has not that set

@@ -1,126 +1,20 @@
-// Random problems, far beyond the cases that somebody thought of: whatever shapes, layouts and factors a call may have.
-//
-//     DCA_RANDOM_CASES=1000 DCA_RANDOM_SEED=7 dca_cuda_tests --gtest_filter='*CudaRandom*'
-//
-// A case that fails says its seed: DCA_RANDOM_CASES=1 DCA_RANDOM_SEED=<that> is the case alone.
-#include <algorithm>
-#include <sstream>
-
 #include "cuda_cases.h"
+#include "random_cases.h"
 
 namespace dca::testing {
 namespace {
 
-int from_environment(const char* name, int otherwise) {
-  const char* const text = std::getenv(name);
-  return text != nullptr && *text != '\0' ? std::atoi(text) : otherwise;
-}
-
-/// What a seed stands for.
-class Draw {
- public:
-  explicit Draw(uint32_t seed) : random_(seed) {}
-
-  /// Both included.
-  int between(int first, int last) { return std::uniform_int_distribution<int>(first, last)(random_); }
-  bool once_in(int times) { return between(1, times) == 1; }
-  template <class T>
-  T one_of(const std::vector<T>& all) {
-    return all[static_cast<size_t>(between(0, static_cast<int>(all.size()) - 1))];
-  }
-
- private:
-  std::mt19937 random_;
-};
-
-struct RandomCase {
-  ProblemShape shape;
-  SegmentSelection segments = SegmentSelection::All;
-  float scale_factor = 1.0f;  ///< of the softmax scale
-  int32_t original_max_position_embeddings = 0;
-  std::vector<int32_t> split_counts;
-};
-
-ChunkGeometry draw_chunk(Draw& draw) {
-  const int chunk_len =
-      draw.once_in(2) ? draw.between(1, 200) : draw.one_of<int>({1, 16, 31, 32, 63, 64, 65, 127, 128, 129, 192});
-  const int most = 2 * chunk_len - 1;
-  return {chunk_len, draw.once_in(4) ? chunk_len : draw.once_in(3) ? most : draw.between(chunk_len, most)};
-}
-
-/// Lengths of `batch` sequences, and of their queries: few, so that decode tiles take them, or many.
-void draw_lengths(Draw& draw, int batch, bool few_queries, ProblemShape& s) {
-  const int reach = few_queries ? 900 : 400;
-  const int queries = few_queries ? draw.between(1, 3) : draw.between(10, 200);
-  s.ragged_q = draw.once_in(2);
-  s.kv_lens.clear();
-  for (int b = 0; b < batch; ++b) {
-    const int border = s.chunk.chunk_len * draw.between(1, 3) + draw.between(-1, 1);
-    const int keys = draw.once_in(8) ? 0 : draw.once_in(3) ? std::min(border, reach) : draw.between(1, reach);
-    s.kv_lens.push_back(keys);
-    s.q_lens.push_back(!s.ragged_q ? queries : draw.once_in(4) ? keys : draw.between(0, std::min(queries, keys + 3)));
-  }
-  if (draw.once_in(3)) {
-    for (int b = 0; b < batch; ++b) s.leftpads.push_back(draw.once_in(3) ? 0 : draw.between(0, 150));
-  }
-}
-
-RandomCase draw_case(ProblemShape s, uint32_t seed) {
-  Draw draw(seed);
-  RandomCase c;
-  s.seed = seed;
-  if (draw.once_in(3)) {
-    s.cache_dtype = DType::Float8E4M3;
-    s.scales = draw.one_of<Scales>({Scales::None, Scales::Number, Scales::PerTensor, Scales::PerHead});
-  }
-  if (draw.once_in(3)) s.head_dim -= draw.one_of<int>({16, 32});  // padded in shared memory
-  s.chunk = draw_chunk(draw);
-  s.keys = draw.one_of<KeyLayout>({KeyLayout::Slots, KeyLayout::Ragged, KeyLayout::Paged});
-  s.page_size = draw.one_of<int32_t>({16, 32, 48, 64, 80, 128, 256});
-  const bool few_queries = draw.once_in(3);
-  draw_lengths(draw, draw.between(1, 3), few_queries, s);
-  // Now and then so many heads that the CTAs of a persistent kernel take several tiles each.
-  const int group = few_queries ? draw.between(1, 16) : draw.once_in(8) ? 140 : draw.between(1, 12);
-  s.num_heads_kv = group > 12 ? 1 : draw.between(1, 3);
-  s.num_heads = group * s.num_heads_kv;
-  if (draw.once_in(4)) s.half_rotary_dim = draw.between(0, s.head_dim / 2);
-  s.interleaved = draw.once_in(5);
-  c.shape = s;
-  if (draw.once_in(3)) {
-    c.segments =
-        draw.one_of<SegmentSelection>({SegmentSelection::Intra, SegmentSelection::Successive, SegmentSelection::Inter});
-  }
-  c.scale_factor = draw.one_of<float>({1.0f, 1.0f, 1.0f, 0.0f, -1.0f, 16.0f, 240.0f, -240.0f});
-  if (draw.once_in(5)) c.original_max_position_embeddings = draw.between(5, 100);
-  c.split_counts = {draw.one_of<int32_t>({1, 1, 1, 0, 2, 3, 7, 60})};
-  return c;
-}
-
-std::string to_string(const RandomCase& c, uint32_t seed) {
-  std::ostringstream text;
-  text << "DCA_RANDOM_SEED=" << seed << ": " << to_string(c.shape) << ", segments " << static_cast<int>(c.segments)
-       << ", softmax scale times " << c.scale_factor << ", original_max_position_embeddings "
-       << c.original_max_position_embeddings << ", splits " << c.split_counts[0];
-  return text.str();
-}
-
 class CudaRandom : public CudaKernelTest {};
 
 TEST_P(CudaRandom, MatchesTheReference) {
-  const int count = from_environment("DCA_RANDOM_CASES", 12);
-  const auto first = static_cast<uint32_t>(from_environment("DCA_RANDOM_SEED", 1));
-  for (uint32_t seed = first; seed < first + static_cast<uint32_t>(count); ++seed) {
-    const RandomCase c = draw_case(shape(), seed);
-    if (!missing_kernel(c.shape).empty()) continue;  // this build has none over such a cache
-    SCOPED_TRACE(to_string(c, seed));
-    AttentionProblem problem(c.shape);
-    AttentionParams p = problem.params();
-    p.segments = c.segments;
-    p.softmax_scale *= c.scale_factor;
-    p.original_max_position_embeddings = c.original_max_position_embeddings;
-    EXPECT_TRUE(problem.matches_reference(p, c.split_counts));
+  // Smaller heads are padded in shared memory; pages have a multiple of 16 rows.
+  const RandomLimits limits = {
+      {16, 32}, {16, 32, 48, 64, 80, 128, 256}, {1.0f, 1.0f, 1.0f, 0.0f, -1.0f, 16.0f, 240.0f, -240.0f}};
+  expect_random_cases_match(shape(), limits, 12, [](const RandomCase& c) {
+    if (!missing_kernel(c.shape).empty()) return false;  // this build has none over such a cache
     ++kernel_cases;
-  }
+    return true;
+  });
 }
 
 DCA_TEST_SM80(CudaRandom, 64, 128);
