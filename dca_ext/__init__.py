@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         DCAQwen3Attention,
         DCAQwen3MoeAttention,
     )
+    from dca_ext.dca_cache import DCACache
     from dca_ext.functional import (
         dca_attention,
         dca_attention_varlen,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 #: Public names that are imported on first use: the modules need transformers, the operators load a library.
 _LAZY = {
+    "DCACache": "dca_cache",
     "DCALlamaAttention": "attention",
     "DCAMistralAttention": "attention",
     "DCAMixtralAttention": "attention",
@@ -63,6 +65,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "DCACache",
     "DCAConfig",
     "DCALlamaAttention",
     "DCAMistralAttention",

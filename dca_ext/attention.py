@@ -24,6 +24,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 from dca_ext import functional
 from dca_ext.cache import left_padding, per_sequence, sequence_lengths, slots_in_use
 from dca_ext.config import DCAConfig
+from dca_ext.dca_cache import DCACacheLayer
 from dca_ext.rotary import RotaryTables
 
 
@@ -166,6 +167,8 @@ class DualChunkAttention(nn.Module):
         cos, sin = self.rotary_tables.on(q.device)
         if past_key_values is None and leftpad is None:
             return cast(Tensor, functional.dca_attention(q, k, v, cos, sin, self.dca_config, **options))
+        if (layer := _dca_cache_layer(past_key_values, self.layer_idx)) is not None:
+            return layer.append_and_attend(q, k, v, cos, sin, self.dca_config, cache_leftpad=leftpad, **options)
         # New tensors: a static cache counts its own length up in place.
         total = per_sequence(before + seqlen, batch)
         before = per_sequence(before, batch)
@@ -289,6 +292,13 @@ DCA_CLASSES: dict[type[nn.Module], type[DualChunkAttention]] = {
     Qwen3Attention: DCAQwen3Attention,
     Qwen3MoeAttention: DCAQwen3MoeAttention,
 }
+
+
+def _dca_cache_layer(past_key_values: Any, layer_idx: int) -> DCACacheLayer | None:
+    """The layer's part of a `DCACache`; None of another cache."""
+    layers = getattr(past_key_values, "layers", None) or ()
+    layer = layers[layer_idx] if layer_idx < len(layers) else None
+    return layer if isinstance(layer, DCACacheLayer) else None
 
 
 def window_of(layer: nn.Module) -> int | None:

@@ -133,6 +133,22 @@ def test_ask_may_read_in_any_pieces(folder, document, capsys):
     assert len(answers) == 1
 
 
+@pytest.mark.parametrize("cache_dtype", ["float8_e4m3fn", "int8"])
+def test_ask_over_a_cache_of_8_bits(folder, document, capsys, cache_dtype, monkeypatch):
+    """The prompt is written to it; what comes of that, test_dca_cache.py knows."""
+    from dca_ext.cli import stream
+
+    caches = []
+    monkeypatch.setattr(
+        stream, "prefill", lambda *args, prefill=stream.prefill: caches.append(args[3]) or prefill(*args)
+    )
+    assert ask(folder, document, "--dtype", "float32", "--max-new-tokens", "8", "--cache-dtype", cache_dtype) == 0
+    captured = capsys.readouterr()
+    assert captured.out.strip()
+    assert f"float32, cache {cache_dtype}, on cpu" in captured.err
+    assert str(caches[0].layers[0].keys.dtype) == f"torch.{cache_dtype}"
+
+
 def test_ask_samples_by_seed(folder, document, capsys):
     answers = []
     for seed in ("1", "1", "2"):
@@ -223,6 +239,7 @@ def test_ask_refuses_in_one_sentence(folder, document, tmp_path, capsys):
         ["--chunk-size", "8", "--local-window", "8"],
         ["--max-new-tokens", "0"],
         ["--temperature", "-1"],
+        ["--no-dca", "--cache-dtype", "int8"],
     ],
 )
 def test_ask_refuses_options_that_make_no_sense(folder, document, options, capsys):

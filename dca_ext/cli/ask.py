@@ -23,6 +23,7 @@ from dca_ext.cli.devices import native_dtype, pick_device
 from dca_ext.cli.models import SMOLLM2, ModelUnavailable, load_model, progress_bar, quiet_transformers
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CACHE_DTYPES = {"float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
 
 #: Stands for the document while the chat template is rendered; the document itself must not be read for markup.
 _DOCUMENT_MARK = "<the-document-goes-here>"
@@ -50,6 +51,11 @@ def add_parser(subparsers: Any) -> None:
         choices=_DTYPES,
         help="of weights and cache (default: bfloat16 on a GPU or a CPU that multiplies it, else float32)",
     )
+    parser.add_argument(
+        "--cache-dtype",
+        choices=_CACHE_DTYPES,
+        help="of the cache alone: 8 bits for each number (int8 on the CPU); default: as --dtype",
+    )
     parser.add_argument("--max-new-tokens", type=positive, default=200, help="default: 200")
     parser.add_argument("--temperature", type=not_negative_number, default=0.0, help="default: 0, the likeliest token")
     parser.add_argument(
@@ -70,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         dca_config = _geometry(args)
         document = read_document(args.file)
         device = _device(args.device)
+        if args.cache_dtype == "int8" and device.type != "cpu":
+            raise AskError("--cache-dtype int8 is for the CPU; float8_e4m3fn is for every device")
         _answer(args, document, device, dca_config)
     except (AskError, ModelUnavailable) as error:
         print(f"dca-ext ask: {error}", file=sys.stderr)
@@ -101,9 +109,10 @@ def _answer(args: argparse.Namespace, document: str, device: torch.device, dca_c
         prompt, document_len = build_prompt(tokenizer, document, args.question)
     _describe(args, model, document_len, prompt.shape[1], attention)
 
+    cache = _cache(args, model, prompt.shape[1] + min(args.max_new_tokens, 256))
     started = time.perf_counter()
     with _reading_bar(prompt.shape[1]) as advance:
-        logits, cache = prefill(model, prompt, min(args.prefill_chunk, prompt.shape[1]), advance)
+        logits = prefill(model, prompt, min(args.prefill_chunk, prompt.shape[1]), cache, advance)
     read = time.perf_counter()
     choose = sampler(args.temperature, args.seed) if args.temperature > 0 else greedy
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
@@ -170,6 +179,8 @@ def build_prompt(tokenizer: Any, document: str, question: str) -> tuple[Tensor, 
 
 def _geometry(args: argparse.Namespace) -> DCAConfig | None:
     """The geometry that the options ask for, or None: the model's."""
+    if args.no_dca and args.cache_dtype:
+        args.parser.error("--cache-dtype is for Dual Chunk Attention; give it without --no-dca")
     pair = (args.chunk_size, args.local_window)
     asked = [option for option in (args.no_dca, pair != (None, None), args.pretraining_length) if option]
     if len(asked) > 1:
@@ -210,13 +221,24 @@ def _choose_attention(model: Any, dca_config: DCAConfig | None, off: bool) -> st
     return f"Dual Chunk Attention, chunk_len {used.chunk_len}, max_position {used.max_position}"
 
 
+def _cache(args: argparse.Namespace, model: Any, capacity: int) -> Any:
+    """An empty cache with room for so many tokens; it may grow."""
+    from transformers import DynamicCache
+
+    from dca_ext import DCACache
+
+    if args.no_dca:
+        return DynamicCache(config=model.config)
+    return DCACache(model.config, dtype=_CACHE_DTYPES.get(args.cache_dtype), capacity=capacity)
+
+
 # --- What it says ----------------------------------------------------------------------------------------------------
 
 
 def _describe(args: argparse.Namespace, model: Any, document_len: int, prompt_len: int, attention: str) -> None:
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     windows = f" = {prompt_len / window:.1f} windows" if window else ""
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.") + (f", cache {args.cache_dtype}," if args.cache_dtype else "")
     _say(
         f"model     {args.model}: {dtype} on {model.device}, window {f'{window:,} tokens' if window else 'not stated'}"
     )

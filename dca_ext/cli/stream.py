@@ -17,16 +17,13 @@ def cache_argument(model: Any) -> str:
 
 
 def prefill(
-    model: Any, prompt: Tensor, piece_len: int, advance: Callable[[int], None] | None = None
-) -> tuple[Tensor, Any]:
-    """Reads ``prompt`` (1, seqlen), int64, ``piece_len`` tokens at a time -> (logits (vocab,) after it, cache).
+    model: Any, prompt: Tensor, piece_len: int, cache: Any, advance: Callable[[int], None] | None = None
+) -> Tensor:
+    """Reads ``prompt`` (1, seqlen), int64, into ``cache``, ``piece_len`` tokens at a time -> logits (vocab,) after it.
 
     Pieces bound the memory of the activations; what they compute does not depend on where the cuts are.
     ``advance(tokens)`` is called after each piece.
     """
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
     logits, options = None, {cache_argument(model): cache, "use_cache": True, "logits_to_keep": 1}
     with torch.inference_mode():
         for piece in prompt.to(model.device).split(piece_len, dim=1):
@@ -35,7 +32,7 @@ def prefill(
                 advance(piece.shape[1])
     if logits is None:
         raise ValueError("prompt must hold at least one token; got none")
-    return logits[0, -1], cache
+    return logits[0, -1]
 
 
 def decode(
