@@ -1,8 +1,9 @@
 """Dual Chunk Attention in plain torch: slow, exact, and meant to be read as the specification.
 
 Every function has the signature and the meaning of its fused counterpart in `dca_ext.functional`, with one more
-keyword: ``compute_dtype`` (default float64), in which all arithmetic is done. Outputs have q's dtype unless
-``out_dtype`` says otherwise. Nothing here is differentiable on purpose, fast, or used by the fused operators.
+keyword: ``compute_dtype`` (default float64), in which all arithmetic is done. Outputs of attention have q's dtype
+unless another one, ``out_dtype``, says otherwise. Nothing here is differentiable on purpose, fast, or used by the fused
+operators.
 
 The method (An et al. 2024, arXiv 2402.17463), with n = chunk_len and P = max_position; i is the position of a query
 and j <= i that of a key:

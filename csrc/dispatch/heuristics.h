@@ -19,7 +19,7 @@ inline constexpr int32_t kCpuMinPackedRows = 17;
 inline constexpr int32_t kCpuTaskElements = 32768;
 
 /// The packed keys and values of a block take another 128 KiB at head_dim 128. 24 positions are one strip of the
-/// mainloop.
+/// mainloop (with AMX 64 rows are).
 constexpr CpuTileShape cpu_tile_shape(int32_t group, int32_t head_dim) {
   const int32_t rows = std::max(1, kCpuTaskElements / std::max(1, head_dim));
   const int32_t block_m = std::clamp(rows / std::max(1, group), 8, 240);

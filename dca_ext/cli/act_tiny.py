@@ -1,6 +1,6 @@
 """Act 1 of the demo: a byte-level Llama trained at 128 bytes reads up to 16 times as far.
 
-It ships with the package (trained by bench/quality/train_tiny.py), so nothing is downloaded and all takes seconds.
+It ships with the package (trained by bench/quality/train_tiny.py), so nothing is downloaded. All takes a minute or so.
 """
 
 from __future__ import annotations

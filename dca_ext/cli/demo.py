@@ -1,7 +1,7 @@
 """`dca-ext demo`: a model reads a text much longer than it was trained for, in two acts.
 
-Act 1 uses a tiny model that ships with the package and takes seconds; act 2 downloads a real one (93 MB, once) and
-takes minutes. All figures are computed here; the same seed, text and versions give the same figures.
+Act 1 uses a tiny model that ships with the package and takes a minute or so; act 2 downloads a real one (93 MB, once)
+and takes minutes. All figures are computed here; the same seed, text and versions give the same figures.
 """
 
 from __future__ import annotations
