@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import attention_share
 import bench_cpu
 import benchmark_results
+import cache_steps
 import cpu_ceilings
 import cpu_contenders
 import cpu_plot
@@ -289,7 +290,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("parse", [bench_cpu.parse, attention_share.parse, instructions.parse])
+@pytest.mark.parametrize("parse", [bench_cpu.parse, attention_share.parse, cache_steps.parse, instructions.parse])
 def test_an_unusable_json_file_is_refused_before_anything_runs(
     parse: Callable[[list[str]], object], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -447,3 +448,43 @@ def test_ctrl_c_keeps_finished_repeats(
     rows = json.loads(Path("share.json").read_text())["rows"]
     assert [(r["model"], len(r["samples"])) for r in rows] == [("plain, sdpa", 2), ("DCA", 1)]
     assert "plain, sdpa" in capsys.readouterr().out
+
+
+# --- Steps over caches -----------------------------------------------------------------------------------------------
+
+
+def test_steps_over_each_cache_of_a_tiny_model(
+    tiny_llama: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(cache_steps.models, "load_model", lambda *_, **__: (tiny_llama, None))
+    assert cache_steps.main(["--tokens=40", "--steps=3", "--json=steps.json"]) == 0
+    rows = {row["cache"]: row for row in json.loads(Path("steps.json").read_text())["rows"]}
+    assert next(iter(rows)) == "plain, DynamicCache"
+    assert all(len(row["samples_s"]) == 3 and min(row["samples_s"]) > 0 for row in rows.values())
+    tokens = 40 + cache_steps.WARM_UP + 1  # when the first sample is taken
+    exact = 2 * 2 * tokens * 32 * 4 / 2**20
+    assert rows["DCA, DynamicCache"]["held_mib"] == pytest.approx(exact)
+    assert rows["DCA, DCACache"]["held_mib"] == pytest.approx(exact)
+    assert rows["DCA, DCACache, float8_e4m3fn"]["held_mib"] == pytest.approx(exact / 4, rel=0.02)
+    assert rows["DCA, DCACache, int8"]["held_mib"] == pytest.approx(exact * (8 + 4) / 32)
+    assert "DCA, StaticCache" in capsys.readouterr().out
+
+
+def test_steps_end_with_a_sentence_or_with_what_was_measured(
+    tiny_llama: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert cache_steps.main(["--model", str(tmp_path / "none")]) == 1
+    assert "none" in capsys.readouterr().err
+    whole, passes = cache_steps.seconds_of_pass, []
+
+    def interrupted(*args: Any) -> float:
+        passes.append(args)
+        if len(passes) == 6 + 6 * cache_steps.WARM_UP + 4:  # six caches read, warm up, and three take a step
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(cache_steps, "seconds_of_pass", interrupted)
+    monkeypatch.setattr(cache_steps.models, "load_model", lambda *_, **__: (tiny_llama, None))
+    assert cache_steps.main(["--tokens=20", "--steps=9"]) == 130
+    assert "DCA, StaticCache" in (printed := capsys.readouterr().out)
+    assert "DCACache" not in printed
