@@ -36,6 +36,8 @@ def kv_cache_scale(x: Tensor, *, margin: float = 2.0) -> Tensor:
         raise ValueError(f"x must have a floating dtype; got {x.dtype}")
     if not margin >= 1:
         raise ValueError(f"margin must be at least 1; got {margin}")
-    largest = x.detach().float().abs().movedim(-2, 0).flatten(1).amax(dim=1)
+    x = x.detach().float() if x.element_size() == 1 else x.detach()
+    others = [d for d in range(x.dim()) if d != x.dim() - 2]
+    largest = torch.maximum(x.amax(others), -x.amin(others)).float()  # of a long prompt abs() would be a copy
     scale = margin / torch.finfo(torch.float8_e4m3fn).max * largest
     return torch.where(scale == 0, 1.0, scale)

@@ -26,6 +26,7 @@ from tiny_models import logits, tiny_config, tokens
 
 import dca_ext
 from dca_ext import (
+    DCACache,
     DCAConfig,
     dca_attention,
     dca_attention_varlen,
@@ -336,6 +337,24 @@ def test_several_tokens_at_a_time_are_verified_as_on_the_cpu():
         ids.cuda(), attention_mask=mask.cuda(), max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=4
     )
     assert_as_on_the_cpu(cpu, out.cpu(), mask)
+
+
+@pytest.mark.parametrize("dtype", [None, E4M3])
+def test_a_model_over_a_dca_cache_computes_what_it_does_on_the_cpu(dtype):
+    """A prompt in two pieces, the second sequence padded; then steps, the order of the sequences changed in between."""
+    results = []
+    cpu, gpu, ids, mask = on_both(padding=8)
+    for model in (cpu, gpu):
+        x, m, order = (t.to(model.device) for t in (ids, mask, torch.tensor([1, 0])))
+        cache = DCACache(model.config, dtype=dtype, capacity=26)
+        seen = [logits(model, x[:, :20], attention_mask=m[:, :20], past=cache)[:, -1:]]
+        seen.append(logits(model, x[:, 20:26], attention_mask=m[:, :26], past=cache))
+        cache.reorder_cache(order)
+        x, m = x[order], m[order]
+        seen += [logits(model, x[:, t : t + 1], attention_mask=m[:, : t + 1], past=cache) for t in range(26, 29)]
+        results.append(torch.cat(seen, dim=1).cpu())
+        assert cache.layers[1].keys.device.type == model.device.type
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0.03 * results[0].abs().max().item())
 
 
 def test_a_decoding_step_compiles_to_one_graph():
