@@ -228,6 +228,13 @@ MUTATIONS = [
         modes=("amx_bf16",),
     ),
     Mutation(
+        "amx: what follows the last value of a tile is left as it was",
+        CPU + "simd_packed.inc",
+        "w < depth_of<Words>(values.count)",
+        "w < words_of(values.count, 2)",
+        modes=("amx_bf16",),
+    ),
+    Mutation(
         "amx: a thread keeps its tiles",
         CPU + "simd_tiles.inc",
         'void end_tiles() { asm volatile("tilerelease"); }',
