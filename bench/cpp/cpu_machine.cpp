@@ -60,6 +60,7 @@ class CpuMachine : public Machine {
     return seconds;
   }
 
+  // Whatever the dtype: pairs of bfloat16, and AMX, can pass it.
   Ceiling arithmetic_ceiling(DType) override { return {measure_fma_peak(threads()), "fp32 FMA peak"}; }
 
   Ceiling read_ceiling(const Buffers& buffers) override {

@@ -45,7 +45,7 @@ class Machine {
   /// Seconds of each timed call, after the warm-up.
   virtual std::vector<double> time_runs(const std::function<Status()>& call) = 0;
 
-  /// FLOP/s of the units that attention in `dtype` runs on.
+  /// FLOP/s of the units that attention in `dtype` runs on; on the CPU those of fp32.
   virtual Ceiling arithmetic_ceiling(DType dtype) = 0;
   /// Bytes/s at which an operator that reads `buffers` could read them.
   virtual Ceiling read_ceiling(const Buffers& buffers) = 0;

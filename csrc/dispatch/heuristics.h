@@ -18,8 +18,8 @@ inline constexpr int32_t kCpuMinPackedRows = 17;
 /// Elements of the Q, and of the O, of a task: both in fp32 take at most 256 KiB, half of a small L2 cache.
 inline constexpr int32_t kCpuTaskElements = 32768;
 
-/// The packed keys and values of a block take another 128 KiB at head_dim 128. 24 positions are one strip of the
-/// mainloop (with AMX 64 rows are).
+/// The packed keys and values of a block take another 128 KiB at head_dim 128. 24 rows are one strip of the products in
+/// vectors; of AMX's tiles of 16 rows the last may be partly empty.
 constexpr CpuTileShape cpu_tile_shape(int32_t group, int32_t head_dim) {
   const int32_t rows = std::max(1, kCpuTaskElements / std::max(1, head_dim));
   const int32_t block_m = std::clamp(rows / std::max(1, group), 8, 240);

@@ -22,7 +22,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-/// Arrives in Python as ValueError.
 /// What this thread last refused. torch 2.15 no longer tells kinds of C++ exceptions apart, all become RuntimeError: so
 /// Python asks whether one was a refusal, which is a ValueError there.
 inline std::string& last_refusal() {
@@ -30,6 +29,7 @@ inline std::string& last_refusal() {
   return message;
 }
 
+/// Arrives in Python as ValueError.
 [[noreturn]] inline void refuse(const std::string& message) {
   last_refusal() = message;
   throw std::invalid_argument(message);
