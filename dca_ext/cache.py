@@ -69,12 +69,16 @@ def left_padding(
         int32 (batch,), or None if there is no padding, or none can be seen without reading a device tensor.
 
     Raises:
-        ValueError: for a mask of another shape, a mask with holes, a 4-D mask that is not causal, an additive mask
-            that is a bias, and for position_ids that restart or that end beyond the last slot; without a mask, for
-            position_ids that do not count up by one to their last.
+        ValueError: for a mask or position_ids of another shape, a mask with holes, a 4-D mask that is not causal, an
+            additive mask that is a bias, and for position_ids that restart or that end beyond the last slot; without a
+            mask, for position_ids that do not count up by one to their last.
     """
     if position_ids is not None:
         _check_shape("position_ids", position_ids, (2,), batch)
+        if position_ids.shape[1] != seqlen:
+            raise ValueError(
+                f"position_ids must have a column for each of the {seqlen} new tokens; got {position_ids.shape[1]}"
+            )
     if attention_mask is None:
         leftpad = None if position_ids is None else _padding_from_positions(position_ids, before, seqlen)
     else:
@@ -224,7 +228,8 @@ def _padding_from_positions(position_ids: Tensor, before: int | Tensor, seqlen: 
     readable = _may_read(position_ids)
     if position_ids.shape[1] == 0 or (not readable and position_ids.shape[0] == 1):
         return None
-    leftpad = (before + seqlen - 1 - position_ids[:, -1]).to(torch.int32)
+    # A row that counts up to less than 0 is padding all through.
+    leftpad = (before + seqlen - 1 - position_ids[:, -1]).clamp(max=before + seqlen).to(torch.int32)
     if readable and (leftpad < 0).any():
         raise ValueError(
             f"position_ids must end at or below the last slot, {int(before) + seqlen - 1}; "

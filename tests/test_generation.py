@@ -90,6 +90,7 @@ def test_prefill_chunks(dca, slow, chunk, cache):
         {"cache_implementation": "static"},
         {"use_cache": False},
         {"cache_implementation": "dynamic", "prefill_chunk_size": 4},
+        {"cache_implementation": "static", "prefill_chunk_size": 1},
         {"cache_implementation": "static", "prefill_chunk_size": 7},
     ],
     ids=lambda kwargs: "-".join(str(value) for value in kwargs.values()),

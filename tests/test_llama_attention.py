@@ -237,15 +237,48 @@ def test_a_padded_batch_equals_single_sequences(side, form, implementation):
 @pytest.mark.parametrize("implementation", ["dca", "sdpa"])
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_the_temperature_of_a_padded_row_is_that_of_the_row_alone(side, cached, implementation):
+@pytest.mark.parametrize("original", [8, 20])
+def test_the_temperature_of_a_padded_row_is_that_of_the_row_alone(original, side, cached, implementation):
     plain = tiny_model()
-    dca = with_dca(plain, DCAConfig(6, 9, "yarn", 8))
+    dca = with_dca(plain, DCAConfig(6, 9, "yarn", original))
     dca.set_attn_implementation(implementation)
     ids, mask, begins, lengths = padded_batch(side)
     actual = logits(dca, ids, attention_mask=mask, use_cache=cached)
     for b, (begin, length) in enumerate(zip(begins, lengths, strict=True)):
         expected = logits(dca, ids[b : b + 1, begin : begin + length])
         assert_same(actual[b : b + 1, begin : begin + length], expected, tolerance(plain, ids[:1]))
+
+
+def test_the_temperature_of_two_tokens_does_not_count_the_padding_behind_the_first():
+    plain = tiny_model()
+    dca = with_dca(plain, DCAConfig(6, 9, "yarn", 1))
+    ids, mask, cache = tokens(1, 9), torch.ones(1, 9, dtype=torch.long), DynamicCache()
+    mask[:, 8] = 0
+    logits(dca, ids[:, :7], past=cache)
+    alone = copy.deepcopy(cache)
+    actual = logits(dca, ids[:, 7:], attention_mask=mask, past=cache)
+    assert_same(actual[:, :1], logits(dca, ids[:, 7:8], past=alone), tolerance(plain, ids))
+
+
+@pytest.mark.parametrize("dca_config", [SMALL, DCAConfig(6, 9, "yarn", 8)])
+@pytest.mark.parametrize("form", ["2-D bool", "4-D bool", "1-D"])
+def test_one_row_of_a_mask_is_for_all_sequences(form, dca_config):
+    attention = with_dca(tiny_model(), dca_config).model.layers[0].self_attn
+    hidden, mask = torch.randn(2, 20, 64), torch.ones(1, 20, dtype=torch.long)
+    mask[:, :6] = 0
+    expected, _ = attention(hidden[:, 6:])
+    # 1-D is the padding itself, which `leftpad_mask` gives as int32; any integers will do.
+    mask = torch.tensor([6]) if form == "1-D" else mask_in_form(form, mask)
+    torch.testing.assert_close(attention(hidden, attention_mask=mask)[0][:, 6:], expected)
+
+
+def test_without_padding_there_is_none():
+    mask, positions = torch.ones(2, 5), torch.arange(5)[None]
+    assert cache_module.left_padding(mask, None, 0, 2, 5) is None
+    assert cache_module.left_padding(None, positions, 0, 2, 5) is None
+    # Nor in calls without tokens or sequences.
+    assert cache_module.left_padding(None, positions[:, :0], 0, 2, 0) is None
+    assert cache_module.left_padding(torch.ones(0, 1, 5, 5).tril(), None, 0, 0, 5) is None
 
 
 @pytest.mark.parametrize("fill", [0, 1])
@@ -281,6 +314,15 @@ def test_without_a_mask_padding_follows_from_position_ids(fill, cached):
         expected = logits(slow, ids[b : b + 1, 23 - length :])
         n = 23 - begins[b]
         assert_same(actual[b : b + 1, -n:], expected[:, -n:], tolerance(plain, ids[:1]))
+
+
+def test_positions_may_count_through_a_part_that_is_padding_alone():
+    plain = tiny_model()
+    dca = with_dca(plain)
+    ids, positions, cache = tokens(1, 23), torch.arange(-9, 14)[None], DynamicCache()
+    parts = (slice(0, 5), slice(5, 23))
+    actual = [logits(dca, ids[:, part], position_ids=positions[:, part], past=cache) for part in parts][1]
+    assert_same(actual[:, 4:], logits(slow_model(plain), ids[:, 9:]), tolerance(plain, ids))
 
 
 def test_a_mask_goes_before_position_ids():
@@ -370,13 +412,14 @@ def test_packed_sequences_equal_single_ones(use_cache):
         assert_same(actual[:, begin:end], logits(slow, ids[:, begin:end]), tolerance(plain, ids))
 
 
-def test_packed_sequences_without_max_length():
+@pytest.mark.parametrize("max_length", [None, torch.tensor(12)])
+def test_packed_sequences_without_a_max_length_on_the_host(max_length):
     plain = tiny_model()
     dca = with_dca(plain)
     ids = tokens(1, 20)
     borders = torch.tensor([0, 8, 20], dtype=torch.int32)
     positions = torch.cat([torch.arange(8), torch.arange(12)])[None]
-    actual = logits(dca, ids, position_ids=positions, cu_seq_lens_q=borders)
+    actual = logits(dca, ids, position_ids=positions, cu_seq_lens_q=borders, max_length_q=max_length)
     assert_same(actual[:, 8:], logits(slow_model(plain), ids[:, 8:]), tolerance(plain, ids))
 
 
@@ -428,6 +471,15 @@ def test_positions_that_stand_still_or_skip_are_refused_without_a_mask(positions
     assert cache.get_seq_length() == 0
 
 
+def test_positions_that_stand_still_behind_cached_tokens_are_refused():
+    dca = with_dca(tiny_model())
+    cache = DynamicCache()
+    logits(dca, tokens(1, 9), past=cache)
+    with pytest.raises(ValueError, match="position_ids must count up by one; those of row 0 do not"):
+        logits(dca, tokens(1, 3), position_ids=torch.tensor([[7, 7, 8]]), past=cache)
+    assert cache.get_seq_length() == 9
+
+
 @pytest.mark.parametrize("positions", [[0, 0, 0], [1, 1, 1], [0, 0, 0, 1, 2], [1, 1, 0, 1], [-2, -1, 0, 1], [2, 2, 0]])
 def test_positions_of_padding_in_front_may_stand_still_or_count(positions):
     dca = with_dca(tiny_model())
@@ -464,6 +516,10 @@ def masks_that_are_not_causal():
     yield "prefix", causal | (slot < 4), 0
     yield "bidirectional", torch.ones(12, 12, dtype=torch.bool), 0
     yield "hole", hole, 7
+    causal = causal & (slot < 10)
+    hole = causal.clone()
+    hole[9, 2] = False
+    yield "hole, then padding", hole, 9
 
 
 @pytest.mark.parametrize("form", ["bool", "float"])
@@ -479,6 +535,29 @@ def test_masks_that_are_not_causal_are_refused(mask, row, form):
     with pytest.raises(ValueError, match=f"must be causal from .*got another row {row} for sequence 1: .*cu_seq_lens"):
         logits(dca, tokens(2, 12), attention_mask=mask, past=cache)
     assert cache.get_seq_length() == 0
+
+
+def test_masks_that_are_not_causal_in_one_head_are_refused():
+    attention = with_dca(tiny_model()).model.layers[0].self_attn
+    mask = torch.ones(12, 12).tril().bool().repeat(2, 4, 1, 1)
+    attention(torch.zeros(2, 12, 64), attention_mask=mask)
+    mask[1, 3, :, 10:] = False
+    with pytest.raises(ValueError, match="got another row 10 for sequence 1"):
+        attention(torch.zeros(2, 12, 64), attention_mask=mask)
+
+
+def test_masks_and_positions_with_a_static_cache_are_looked_through_as_well():
+    dca = with_dca(tiny_model())
+    cache = StaticCache(config=dca.config, max_cache_len=40)
+    logits(dca, tokens(1, 5), past=cache)
+    mask = torch.ones(12, 40).tril(5).bool()[None, None]
+    mask[..., 7, 2] = False
+    with pytest.raises(ValueError, match="got another row 7 for sequence 0"):
+        logits(dca, tokens(1, 12), attention_mask=mask, past=cache)
+    borders = torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seq_lens_q must come without cached tokens"):
+        logits(dca, tokens(1, 3), cu_seq_lens_q=borders, past=cache)
+    assert int(cache.get_seq_length()) == 5
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -509,6 +588,16 @@ def test_a_mask_is_looked_through_once_unless_written_to(monkeypatch):
         logits(dca, tokens(1, 12), attention_mask=mask)
 
 
+def test_a_mask_is_looked_through_anew_behind_other_slots():
+    dca = with_dca(tiny_model())
+    cache = DynamicCache()
+    logits(dca, tokens(1, 5), past=cache)
+    mask = torch.ones(5, 10).tril(5).bool()[None, None]
+    logits(dca, tokens(1, 5), attention_mask=mask, past=cache)
+    with pytest.raises(ValueError, match="got another row 0 for sequence 0"):
+        logits(dca, tokens(1, 5), attention_mask=mask)
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
@@ -517,6 +606,7 @@ def test_a_mask_is_looked_through_once_unless_written_to(monkeypatch):
         (torch.ones(3, 12), "attention_mask must be 2-D or 4-D with 2 rows, or one; got shape"),
         (torch.ones(2, 5), "attention_mask must cover the 0 cached tokens and the 12 new ones; got 5 columns"),
         (torch.full((2, 1, 12, 12), -0.5), "attention_mask must hold 0 or values of at most -10000"),
+        (torch.full((2, 1, 12, 12), 0.5), "attention_mask must hold 0 or values of at most -10000"),
         (torch.ones(2, 1, 12, 12, dtype=torch.long), "4-D attention_mask must be bool or floating point"),
         ("causal", "attention_mask must be None or a 2-D or 4-D tensor; got str: flex_attention is not supported, use"),
     ],
@@ -529,10 +619,20 @@ def test_masks_of_other_forms_are_refused(mask, message):
 
 def test_positions_beyond_the_last_slot_are_refused():
     dca = with_dca(tiny_model())
-    with pytest.raises(ValueError, match="position_ids must end at or below the last slot, 4; got 9"):
-        logits(dca, tokens(1, 5), position_ids=torch.arange(5, 10)[None])
+    for first in (1, 5):
+        with pytest.raises(ValueError, match=f"position_ids must end at or below the last slot, 4; got {first + 4}"):
+            logits(dca, tokens(1, 5), position_ids=torch.arange(first, first + 5)[None])
     with pytest.raises(ValueError, match="position_ids must be 2-D with 1 rows, or one"):
         dca.model.layers[0].self_attn(torch.zeros(1, 5, 64), position_ids=torch.arange(5))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("length", [1, 4, 6])
+def test_positions_of_another_length_are_refused(length, masked):
+    attention = with_dca(tiny_model()).model.layers[0].self_attn
+    mask = torch.ones(1, 5) if masked else None
+    with pytest.raises(ValueError, match=f"position_ids must have a column for each of the 5 new tokens; got {length}"):
+        attention(torch.zeros(1, 5, 64), attention_mask=mask, position_ids=torch.arange(length)[None])
 
 
 def test_dropout_is_refused_in_training_only():
@@ -545,6 +645,9 @@ def test_dropout_is_refused_in_training_only():
 def test_bidirectional_attention_is_refused():
     with pytest.raises(ValueError, match="is_causal must be True"):
         logits(with_dca(tiny_model()), tokens(1, 5), is_causal=False)
+    attention = with_dca(tiny_model()).model.layers[0].self_attn
+    hidden = torch.randn(1, 5, 64)
+    assert torch.equal(attention(hidden, is_causal=True)[0], attention(hidden)[0])
 
 
 def test_layers_made_bidirectional_are_refused():
@@ -565,6 +668,16 @@ def test_output_attentions_warns_once_and_gives_none():
         outputs = dca(tokens(1, 5), output_attentions=True)
     assert len(record) == 1
     assert not any(isinstance(a, torch.Tensor) for a in outputs.attentions or ())
+    # Warnings are errors here.
+    dca.model.layers[0].self_attn(torch.zeros(1, 5, 64), output_attentions=False)
+
+
+@pytest.mark.filterwarnings("ignore:1 of 2 layers")
+def test_output_attentions_warns_where_the_first_layer_is_left_alone():
+    types = ["sliding_attention", "full_attention"]
+    dca = with_dca(tiny_model("qwen2", use_sliding_window=True, sliding_window=5, layer_types=types))
+    with pytest.warns(UserWarning, match="output_attentions: DCA layers have no attention weights"):
+        dca.model.layers[1].self_attn(torch.zeros(1, 5, 64), output_attentions=True)
 
 
 def test_hidden_states_are_still_recorded():

@@ -7,6 +7,7 @@ no values, or the compiler, which refuses to read them, are the witnesses.
 from __future__ import annotations
 
 import copy
+import types
 
 import pytest
 import torch
@@ -98,6 +99,37 @@ def test_layers_read_no_values(dca, as_on_a_device, cache, padding):
             hidden = torch.zeros(2, end - begin, 64)
             out, _ = attention(hidden, past_key_values=past, **kwargs)
             assert out.shape == hidden.shape
+
+
+def test_values_of_a_device_are_read_if_the_user_asks_for_checks(monkeypatch):
+    on_a_device = types.SimpleNamespace(device=torch.device("cuda"))
+    for value, read in ((None, False), ("0", False), ("", False), ("1", True)):
+        monkeypatch.delenv("DCA_CHECK", raising=False)
+        if value is not None:
+            monkeypatch.setenv("DCA_CHECK", value)
+        assert dca_ext.cache._may_read(on_a_device) is read
+
+
+def test_tensors_without_values_are_never_read(dca, monkeypatch):
+    monkeypatch.setenv("DCA_CHECK", "1")
+    on_meta = copy.deepcopy(dca.model.layers[0].self_attn).to("meta")
+    out, _ = on_meta(torch.zeros(2, 9, 64, device="meta"), attention_mask=torch.ones(2, 9, device="meta"))
+    assert out.shape == (2, 9, 64)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        out, _ = dca.model.layers[0].self_attn(torch.zeros(2, 9, 64), attention_mask=torch.ones(2, 9))
+    assert out.shape == (2, 9, 64)
+
+
+def test_one_row_of_positions_is_taken_for_a_count_of_the_slots(as_on_a_device):
+    assert dca_ext.cache.left_padding(None, torch.arange(3, 8)[None], 3, 2, 5) is None
+    assert dca_ext.cache.left_padding(None, torch.arange(3, 8).expand(2, -1), 3, 2, 5).tolist() == [0, 0]
+
+
+def test_packed_sequences_behind_a_static_cache_are_refused_without_reading_its_length(dca):
+    past = types.SimpleNamespace(get_seq_length=lambda layer_idx: torch.empty((), dtype=torch.long, device="meta"))
+    borders = torch.tensor([0, 2, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seq_lens_q must come without cached tokens"):
+        dca.model.layers[0].self_attn(torch.zeros(1, 4, 64), past_key_values=past, cu_seq_lens_q=borders)
 
 
 @pytest.fixture
