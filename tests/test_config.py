@@ -17,6 +17,13 @@ def test_presets_of_published_settings():
     assert DCAConfig.from_pretraining_length(8192).chunk_len == 5120
 
 
+def test_presets_pass_the_temperature_on():
+    yarn = dict(temperature="yarn", original_max_position_embeddings=4096)
+    assert DCAConfig.from_chunk_size(3072, 512, **yarn) == DCAConfig(2560, 3072, "yarn", 4096)
+    assert DCAConfig.from_pretraining_length(4096, **yarn) == DCAConfig(2560, 3072, "yarn", 4096)
+    assert DCAConfig.paper(4096, **yarn) == DCAConfig(3072, 4095, "yarn", 4096)
+
+
 def test_from_chunk_size_without_a_local_window_stays_below_two_chunks():
     assert DCAConfig.from_chunk_size(8, 0) == DCAConfig(8, 8)
     assert DCAConfig.from_chunk_size(8, 6) == DCAConfig(2, 3)
@@ -37,19 +44,38 @@ def test_from_hf_reads_qwen_1m_and_warns_once_about_sparse_keys(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert DCAConfig.from_hf(mapping) == config
-    assert DCAConfig.from_hf({"chunk_size": 8, "local_size": 2}).temperature == "none"
 
 
-@pytest.mark.parametrize(("chunk_len", "max_position"), [(0, 0), (-1, 1), (4, 3), (4, 8), (1, 2), (2**31, 2**31)])
+def test_from_hf_without_sparse_keys_does_not_warn(monkeypatch):
+    monkeypatch.setattr(dca_ext.config, "_warned_about_sparse_keys", False)
+    assert DCAConfig.from_hf({"chunk_size": 8, "local_size": 2}) == DCAConfig(6, 8)
+
+
+@pytest.mark.parametrize(("chunk_len", "max_position"), [(0, 0), (-1, 1), (4, 3), (4, 8), (1, 2), (2**31 - 1, 2**31)])
 def test_geometry_outside_its_bounds_is_refused(chunk_len, max_position):
     with pytest.raises(ValueError, match="max_position"):
         DCAConfig(chunk_len, max_position)
 
 
+LENGTHS = [
+    ("chunk_len", lambda value: DCAConfig(value, 5)),
+    ("max_position", lambda value: DCAConfig(4, value)),
+    ("original_max_position_embeddings", lambda value: DCAConfig(4, 5, "none", value)),
+    ("chunk_size", lambda value: DCAConfig.from_chunk_size(value, 1)),
+    ("local_window", lambda value: DCAConfig.from_chunk_size(8, value)),
+    ("context_len", DCAConfig.from_pretraining_length),
+    ("context_len", DCAConfig.paper),
+]
+
+
 @pytest.mark.parametrize("value", [4.0, "4", True, None])
-def test_lengths_must_be_ints(value):
-    with pytest.raises(TypeError, match="chunk_len must be an int"):
-        DCAConfig(value, 5)
+@pytest.mark.parametrize(("name", "make"), LENGTHS)
+def test_lengths_must_be_ints(name, make, value):
+    if name == "original_max_position_embeddings" and value is None:
+        assert make(value) == DCAConfig(4, 5)
+        return
+    with pytest.raises(TypeError, match=f"^{name} must be an int; got {type(value).__name__}"):
+        make(value)
 
 
 def test_temperature_is_checked():
@@ -61,13 +87,18 @@ def test_temperature_is_checked():
         DCAConfig(4, 5, "yarn", 0)
     with pytest.raises(ValueError, match=r"original_max_position_embeddings must be .* below 2\*\*31; got 2147483648"):
         DCAConfig(4, 5, "yarn", 2**31)
+    assert DCAConfig(4, 5, "yarn", 1).original_max_position_embeddings == 1
 
 
 def test_bad_presets_name_what_they_got():
     with pytest.raises(ValueError, match="local_window=8, chunk_size=8"):
         DCAConfig.from_chunk_size(8, 8)
-    with pytest.raises(ValueError, match="needs local_size"):
+    with pytest.raises(ValueError, match="local_window=-1, chunk_size=8"):
+        DCAConfig.from_chunk_size(8, -1)
+    with pytest.raises(ValueError, match="needs local_size; got"):
         DCAConfig.from_hf({"chunk_size": 8})
+    with pytest.raises(ValueError, match="needs chunk_size; got"):
+        DCAConfig.from_hf({"local_size": 2})
 
 
 def test_is_frozen_and_round_trips_through_json():

@@ -25,11 +25,13 @@ from tiny_models import (
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel, monkey_patching
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaPreTrainedModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RotaryEmbedding
 
 import dca_ext
 from dca_ext.attention import DCA_CLASSES, DCALlamaAttention, DCAQwen2Attention, DualChunkAttention, default_dca_config
 from dca_ext.config import DCAConfig
 from dca_ext.patch import PATCH_MAPPING, replace_attention, restore_attention
+from dca_ext.rotary import RotaryTables
 
 
 def attention_of(model, layer: int = 0):
@@ -76,7 +78,7 @@ def test_restore_undoes_exactly(family):
     expected = logits(model, ids)
     attributes = [set(vars(m)) for m in model.modules()]
     config, implementation = model.config.to_dict(), model.config._attn_implementation
-    assert restore_attention(replace_attention(model, SMALL)) is model
+    assert restore_attention(replace_attention(model, SMALL, rope_length=200)) is model
     assert type(attention_of(model)) in DCA_CLASSES
     assert [set(vars(m)) for m in model.modules()] == attributes
     assert model.config.to_dict() == config
@@ -86,12 +88,14 @@ def test_restore_undoes_exactly(family):
 
 def test_restore_keeps_what_changed_meanwhile_and_what_was_recorded_before():
     model = tiny_model()
-    model.config.dca_config = DCAConfig(4, 6).to_dict()
-    replace_attention(model, SMALL)
+    model.config.dca_config, model.config.dca_rope_length = DCAConfig(4, 6).to_dict(), 100
+    replace_attention(model, SMALL, rope_length=200)
+    assert model.config.dca_rope_length == 200
     model.set_attn_implementation("eager")
     model.config.use_cache = False
     restore_attention(model)
     assert model.config.dca_config == DCAConfig(4, 6).to_dict()
+    assert model.config.dca_rope_length == 100
     assert model.config._attn_implementation == "eager"
     assert model.config.use_cache is False
 
@@ -206,6 +210,52 @@ def test_a_hook_that_holds_the_old_forward_is_moved():
     assert_same(logits(restore_attention(model), ids), logits(plain, ids), 0)
 
 
+def test_other_bound_methods_stay_what_they_are():
+    model = tiny_model()
+    attention, neighbour = attention_of(model, 0), attention_of(model, 1)
+    attention._repr, attention._neighbour = attention.extra_repr, neighbour.forward
+    replace_attention(attention, SMALL)
+    assert attention._repr.__func__ is nn.Module.extra_repr
+    assert attention._neighbour.__self__ is neighbour
+
+
+def test_parts_with_configs_of_their_own_keep_their_geometries():
+    torch.manual_seed(0)
+    lengths = {"short": 64, "long": 4096}
+    model = nn.ModuleDict({name: LlamaModel(tiny_config(max_position_embeddings=n)) for name, n in lengths.items()})
+    replace_attention(model)
+    for name, n in lengths.items():
+        expected = DCAConfig.from_pretraining_length(n)
+        assert all(layer.self_attn.dca_config == expected for layer in model[name].layers)
+        assert model[name].config.dca_config == expected.to_dict()
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_the_tables_are_there_before_a_compiler_traces(quantised):
+    # A theta of its own, so that no other test has built them.
+    theta = 4321.0 + quantised
+    attention = LlamaAttention(tiny_config(rope_parameters={"rope_type": "default", "rope_theta": theta}), 0)
+    if quantised:  # such projections may have buffers only
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            projection = getattr(attention, name)
+            weight = projection.weight.data
+            del projection.weight
+            projection.register_buffer("weight", weight)
+        assert not list(attention.parameters())
+    replace_attention(attention, SMALL)
+    assert list(attention.rotary_tables._by_device) == [torch.device("cpu")]
+
+
+def test_a_config_that_asks_for_weights_keeps_its_implementation(tmp_path):
+    """transformers saves no such config with another implementation than "eager"."""
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    replace_attention(model, SMALL)
+    assert model.config._attn_implementation == "eager"
+    assert save(model, tmp_path)["dca_config"] == SMALL.to_dict()
+
+
 def test_public_names():
     assert dca_ext.replace_attention is replace_attention
     assert dca_ext.restore_attention is restore_attention
@@ -219,18 +269,29 @@ def test_the_default_geometry_is_that_of_the_pretraining_length():
     model = replace_attention(tiny_model(max_position_embeddings=4096))
     assert attention_of(model).dca_config == DCAConfig(2560, 3072)
     assert model.config.dca_config == DCAConfig(2560, 3072).to_dict()
+    assert not hasattr(model.config, "dca_rope_length")
 
 
-def test_with_rope_scaling_the_length_is_the_scaled_one():
-    config = tiny_config(max_position_embeddings=64, rope_parameters=ROPE_PARAMETERS["llama3"])
+@pytest.mark.parametrize("rope_type", ROPE_PARAMETERS)
+def test_with_rope_scaling_the_length_is_max_position_embeddings(rope_type):
+    config = tiny_config(max_position_embeddings=64, rope_parameters=ROPE_PARAMETERS[rope_type])
     assert default_dca_config(config) == DCAConfig.from_pretraining_length(64)
 
 
-@pytest.mark.parametrize(("unscaled", "length"), [(32768, 131072), (40960, 131072), (131072, 131072)])
+LENGTHS_WITH_YARN = [(32768, 131072), (40960, 131072), (131072, 131072), (262144, 262144)]
+
+
+@pytest.mark.parametrize(("unscaled", "length"), LENGTHS_WITH_YARN)
 def test_with_yarn_the_length_is_the_scaled_one_even_if_the_config_kept_its_own(unscaled, length):
     yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768}
     config = tiny_config("qwen2", max_position_embeddings=unscaled, rope_parameters=yarn)
     assert default_dca_config(config) == DCAConfig.from_pretraining_length(length)
+
+
+def test_yarn_without_an_original_length_scales_max_position_embeddings():
+    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
+    config = types.SimpleNamespace(max_position_embeddings=32768, rope_parameters=yarn)
+    assert default_dca_config(config) == DCAConfig.from_pretraining_length(131072)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3-moe"])  # Qwen2.5-1M; Qwen3-30B-A3B and -235B-A22B of 2507
@@ -252,8 +313,17 @@ def test_qwens_dual_chunk_attention_config_is_read(family):
 
 def test_a_recorded_geometry_goes_before_qwens():
     config = tiny_config("qwen2", dual_chunk_attention_config={"chunk_size": 16, "local_size": 4})
-    config.dca_config = SMALL.to_dict()
-    assert default_dca_config(config) == SMALL
+    for recorded in (SMALL.to_dict(), SMALL):
+        config.dca_config = recorded
+        assert default_dca_config(config) == SMALL
+
+
+def test_a_recorded_rope_length_holds_for_modules_built_from_the_config():
+    config = tiny_config(rope_parameters=ROPE_PARAMETERS["dynamic"])
+    config.dca_config, config.dca_rope_length = SMALL.to_dict(), 200
+    expected = RotaryTables.from_config(config, SMALL.max_position, 200)
+    assert DCALlamaAttention(config, 0).rotary_tables is expected
+    assert DCALlamaAttention(config, 0, rope_length=100).rotary_tables is not expected
 
 
 def test_a_config_that_says_nothing_is_refused():
@@ -336,6 +406,7 @@ def test_sliding_window_layers_are_left_alone_with_one_warning():
     with pytest.warns(UserWarning, match="1 of 2 layers of Qwen2ForCausalLM: .*window .of 5 tokens.*") as record:
         replace_attention(model, SMALL)
     assert len(record) == 1
+    assert record[0].filename == __file__
     assert type(attention_of(model, 0)) is DCAQwen2Attention
     assert type(attention_of(model, 1)) is type(attention_of(plain, 1))
     # Their masks are still transformers' business.
@@ -358,21 +429,39 @@ def test_a_model_with_nothing_but_sliding_windows_stays_as_it_is(family):
 
 
 def test_sliding_window_layers_in_a_patched_load(tmp_path, patch_mapping):
-    plain = mixed_qwen2()
+    plain = mixed_qwen2(num_hidden_layers=3)
     plain.config.dca_config = SMALL.to_dict()
     plain.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="DCAQwen2Attention: .*window .of 5 tokens") as record:
         model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert len(record) == 1
     slow = slow_model(plain)
-    slow.model.layers[1].self_attn = copy.deepcopy(attention_of(plain, 1))
+    for layer in (1, 2):
+        slow.model.layers[layer].self_attn = copy.deepcopy(attention_of(plain, layer))
     ids = tokens(1, 30)
     assert_same(logits(model, ids), logits(slow, ids), tolerance(plain, ids))
+
+
+def test_a_module_with_a_sliding_window_works_as_it_did_whatever_geometry_it_is_given():
+    config = tiny_config("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1)
+    with pytest.warns(UserWarning, match="DCAQwen2Attention: .*window .of 5 tokens"):
+        attention = DCAQwen2Attention(config, 1, SMALL)
+    assert attention.dca_config is None
+    plain = Qwen2Attention(config, 1)
+    plain.load_state_dict(attention.state_dict())
+    hidden = torch.randn(1, 20, 64)
+    embeddings = Qwen2RotaryEmbedding(config)(hidden, torch.arange(20)[None])
+    arguments = (hidden, embeddings, torch.zeros(1, 1, 20, 20))
+    assert torch.equal(attention(*arguments)[0], plain(*arguments)[0])
 
 
 def test_a_model_without_a_supported_layer_is_refused():
     with pytest.raises(ValueError, match=r"model must contain one of LlamaAttention, .*; Linear has no such layer"):
         replace_attention(nn.Linear(2, 2), SMALL)
+    # What a class of somebody else's does is not known.
+    other = type("OtherAttention", (LlamaAttention,), {})(tiny_config(), 0)
+    with pytest.raises(ValueError, match="OtherAttention has no such layer"):
+        replace_attention(other, SMALL)
 
 
 def test_a_geometry_that_is_no_dca_config_is_refused():
@@ -410,3 +499,8 @@ def test_what_is_refused_changes_nothing():
         replace_attention(model, SMALL, rope_length="4096")
     with pytest.raises(ValueError, match="the length of RoPE frequencies must be at least 1; got 0"):
         replace_attention(model, SMALL, rope_length=0)
+    with pytest.raises(TypeError, match="the length of RoPE frequencies must be an int; got bool True"):
+        replace_attention(model, SMALL, rope_length=True)
+    assert type(attention_of(model)) is LlamaAttention
+    assert model.config is config
+    assert not hasattr(config, "dca_config")

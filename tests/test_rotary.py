@@ -6,12 +6,13 @@ import copy
 import gc
 import math
 import pickle
+import sys
 import types
 
 import pytest
 import torch
 from tiny_models import ROPE_PARAMETERS, SMALL, tiny_config, tiny_model
-from transformers import PhiConfig
+from transformers import LlamaConfig, PhiConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -50,6 +51,43 @@ def test_partial_rotary_factor_narrows_the_tables(rope_type):
     assert sin.shape == (21, 4)
 
 
+@pytest.mark.parametrize("head_dim", [None, 32])
+def test_default_tables_have_the_width_of_a_head(head_dim):
+    config = types.SimpleNamespace(
+        hidden_size=64, num_attention_heads=4, head_dim=head_dim, rope_parameters=ROPE_PARAMETERS["default"]
+    )
+    assert rotary_tables(config, 20)[0].shape == (21, (head_dim or 16) // 2)
+
+
+def test_a_config_of_somebody_elses_has_the_frequencies_of_the_one_it_extends():
+    config = type("OwnPhiConfig", (PhiConfig,), {})(hidden_size=64, num_attention_heads=4)
+    assert config.rope_parameters["partial_rotary_factor"] == 0.5
+    assert torch.equal(rotary_tables(config, 20)[0], rotary_tables(PhiConfig(**config.to_dict()), 20)[0])
+    config = type("OwnLlamaConfig", (LlamaConfig,), {})(
+        hidden_size=64,
+        num_attention_heads=4,
+        rope_parameters={**ROPE_PARAMETERS["default"], "partial_rotary_factor": 0.5},
+    )
+    assert rotary_tables(config, 20)[0].shape == (21, 8)
+
+
+@pytest.mark.parametrize("embeddings", [None, 0, 1, 2])
+def test_a_model_without_one_default_of_its_own_has_that_of_the_formula(embeddings, monkeypatch):
+    """No modelling file, or none or several rotary embeddings in it, which do not tell whose frequencies count."""
+    name = "transformers.models.newcomer.{}_newcomer"
+    if embeddings is not None:
+        file = types.ModuleType(name.format("modeling"))
+        for i in range(embeddings):
+            own = staticmethod(lambda config, i=i: (torch.full((8,), 2.0 + i), 1.0))
+            setattr(file, f"Rotary{i}", type(f"Rotary{i}", (), {"compute_default_rope_parameters": own}))
+        for module in ("transformers.models.newcomer", file.__name__):
+            monkeypatch.setitem(sys.modules, module, file)
+    family = type("NewcomerConfig", (types.SimpleNamespace,), {"__module__": name.format("configuration")})
+    config = family(hidden_size=64, num_attention_heads=4, rope_parameters=ROPE_PARAMETERS["default"])
+    expected = torch.full((8,), 2.0) if embeddings == 1 else 10000.0 ** (-torch.arange(8) / 8.0)
+    torch.testing.assert_close(inverse_frequencies(config)[0], expected)
+
+
 @pytest.mark.parametrize("family", [PhiConfig, types.SimpleNamespace])
 def test_partial_rotary_factor_narrows_default_tables_where_the_model_honours_it(family):
     parameters = {**ROPE_PARAMETERS["default"], "partial_rotary_factor": 0.5}
@@ -77,8 +115,8 @@ def test_yarn_scales_the_tables_by_its_attention_factor():
 def test_dynamic_frequencies_are_frozen_at_the_stated_length():
     config = rope_config("dynamic")
     unscaled, _ = inverse_frequencies(rope_config("default"))
-    within, _ = inverse_frequencies(config, 48)
-    torch.testing.assert_close(within, unscaled)
+    for length in (1, 48):
+        torch.testing.assert_close(inverse_frequencies(config, length)[0], unscaled)
     beyond, _ = inverse_frequencies(config, 256)
     # base * (factor * length / trained - (factor - 1)) ** (dim / (dim - 2))
     base = 10000.0 * (4.0 * 256 / 64 - 3.0) ** (16 / 14)
@@ -138,10 +176,11 @@ def test_the_device_and_dtype_of_the_surroundings_do_not_matter(rope_type):
 
 def test_a_rope_type_added_to_transformers_works(monkeypatch):
     monkeypatch.setitem(
-        ROPE_INIT_FUNCTIONS, "halved", lambda config, device, seq_len=None, **_: (torch.full((8,), 0.5), 2.0)
+        ROPE_INIT_FUNCTIONS, "halved", lambda config, device, seq_len=None, **_: (torch.full((8,), 0.5).double(), 2.0)
     )
     config = tiny_config()
     config.rope_parameters = {"rope_type": "halved", "rope_theta": 10000.0}
+    assert inverse_frequencies(config)[0].dtype == torch.float32
     cos, _ = rotary_tables(config, 4)
     torch.testing.assert_close(cos[:, 0], 2.0 * torch.arange(5).mul(0.5).cos())
 
@@ -151,6 +190,7 @@ def test_unknown_rope_types_are_refused():
     config.rope_parameters = {"rope_type": "spiral", "rope_theta": 10000.0}
     with pytest.raises(ValueError, match=r"rope_type must be one of default, .*yarn; got 'spiral'"):
         rotary_tables(config, 4)
-    config.rope_parameters = None
-    with pytest.raises(ValueError, match=r"config\.rope_parameters must be one set"):
-        rotary_tables(config, 4)
+    for parameters in (None, {"full_attention": ROPE_PARAMETERS["default"]}):
+        config.rope_parameters = parameters
+        with pytest.raises(ValueError, match=r"config\.rope_parameters must be one set"):
+            rotary_tables(config, 4)
