@@ -85,6 +85,11 @@ def test_partial_and_no_rotation():
 
 def test_interleaved_pairs():
     run_and_compare(SMALL, 1, 150, 2, 1, 64, torch.float32, interleaved=True)
+    cos, sin = tables(SMALL, 64)
+    q, k, v = (random_rows(150, heads, 64) for heads in (2, 1, 1))
+    arguments = (q, k, v, ragged_borders(90, 60), 90, cos, sin, SMALL)
+    expected = reference.dca_attention_varlen(*arguments, interleaved=True, out_dtype=torch.float64)
+    assert_close(dca_attention_varlen(*arguments, interleaved=True), expected)
 
 
 def test_scale_and_temperature_multiply_the_logits():

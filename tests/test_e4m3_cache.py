@@ -81,6 +81,17 @@ def test_append_rounds_once_and_writes_nothing_else(dtype, scales, page_size):
         assert (actual != exact).float().mean() < 1e-3
 
 
+@pytest.mark.parametrize("operator", [rotate_and_append_kv, reference.rotate_and_append_kv], ids=["fused", "reference"])
+def test_what_is_too_large_is_cut_off_and_nan_stays(operator):
+    given = torch.tensor([447.0, 448.0, 470.0, 1e6, -1e6, math.inf, -math.inf, math.nan])
+    rows = torch.zeros(1, 1, KV_HEADS, DIM)
+    rows[..., :8] = 2 * given
+    cache = empty_cache(1, 2, KV_HEADS, DIM, E4M3)
+    append(cache, torch.zeros_like(rows), rows, (None, 2.0), operator, cache_seqlens=0)
+    expected = torch.tensor([448.0, 448.0, 448.0, 448.0, -448.0, 448.0, -448.0, math.nan])
+    torch.testing.assert_close(cache.v[0, 0, :, :8].float(), expected.expand(KV_HEADS, -1), equal_nan=True)
+
+
 @pytest.mark.parametrize("seqlen_q", [1, 5, 50])
 @pytest.mark.parametrize("scales", SCALES.values(), ids=SCALES)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -191,6 +202,8 @@ def test_kv_cache_scale_leaves_room_for_the_rotation():
     assert torch.equal(kv_cache_scale(k.half()), kv_cache_scale(k.half().float()))
     for tiny in (1e-44, 1e-43, 2e-43, 1e-40):  # a scale of 0 is none
         assert (kv_cache_scale(torch.full((3, 2, 8), tiny)) > 0).all()
+    with torch.enable_grad():  # a cache that is written has no graph
+        assert not kv_cache_scale(torch.ones(3, 2, 8, requires_grad=True)).requires_grad
 
 
 @pytest.mark.parametrize(

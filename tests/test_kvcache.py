@@ -60,17 +60,34 @@ def test_append_writes_rotated_keys_and_values_and_nothing_else(dtype, page_size
     assert not cache.k.isnan().all()
 
 
-def test_rotate_keys_is_what_append_writes():
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotate_keys_is_what_append_writes(interleaved):
     cos, sin = tables(SMALL, DIM)
     lengths, leftpad = torch.tensor([5, 39], dtype=torch.int32), torch.tensor([2, 7], dtype=torch.int32)
     cache = empty_cache(2, 90, KV_HEADS, DIM, torch.bfloat16)
     _, k, v = rows(2, 50, torch.bfloat16)
-    rotate_and_append_kv(k, v, cache.k, cache.v, cos, sin, SMALL, cache_seqlens=lengths, cache_leftpad=leftpad)
-    rotated = rotate_keys(k, cos, sin, SMALL, cache_seqlens=lengths, cache_leftpad=leftpad)
+    where = dict(cache_seqlens=lengths, cache_leftpad=leftpad, interleaved=interleaved)
+    rotate_and_append_kv(k, v, cache.k, cache.v, cos, sin, SMALL, **where)
+    rotated = rotate_keys(k, cos, sin, SMALL, **where)
     for b, n in enumerate(lengths.tolist()):
         assert torch.equal(cache.k[b, n : n + 50], rotated[b])
-    by_int = rotate_keys(k[:1], cos, sin, SMALL, cache_seqlens=5, cache_leftpad=leftpad[:1])
+    by_int = rotate_keys(k[:1], cos, sin, SMALL, cache_seqlens=5, cache_leftpad=leftpad[:1], interleaved=interleaved)
     assert torch.equal(by_int, rotated[:1])
+    twin = empty_cache(2, 90, KV_HEADS, DIM, torch.bfloat16)
+    reference.rotate_and_append_kv(k, v, twin.k, twin.v, cos, sin, SMALL, **where)
+    torch.testing.assert_close(cache.k, twin.k, rtol=1e-2, atol=1e-2, equal_nan=True)
+    torch.testing.assert_close(cache.v, twin.v, rtol=0, atol=0, equal_nan=True)
+
+
+def test_keys_in_front_of_the_first_position_are_copied():
+    cos, sin = tables(SMALL, DIM)
+    _, k, _ = rows(2, 20)
+    leftpad = torch.tensor([3, 11], dtype=torch.int32)
+    rotated = rotate_keys(k, cos, sin, SMALL, cache_leftpad=leftpad)
+    for b, pad in enumerate(leftpad.tolist()):
+        assert torch.equal(rotated[b, : pad + 1], k[b, : pad + 1])  # position 0 turns by nothing as well
+        assert not torch.equal(rotated[b, pad + 1], k[b, pad + 1])
+    torch.testing.assert_close(rotated, reference.rotate_keys(k, cos, sin, SMALL, cache_leftpad=leftpad))
 
 
 @pytest.mark.parametrize("seqlen", [1, N - 1, N, N + 1, 2 * N - 1, 2 * N, 2 * N + 1, P + 1, P + 2, 3 * N + 5])
@@ -206,10 +223,14 @@ def test_ragged_queries_mix_prefill_and_decode_in_one_batch():
             assert target is not None
             fill(view, k, v, cos, sin)
     q, k, v = (x[0] for x in rows(1, sum(new)))
-    out, lse = dca_attention_with_kvcache(
-        q, cache.k, cache.v, cos, sin, SMALL, k=k, v=v, cache_seqlens=before, cu_seqlens_q=cu_seqlens,
-        max_seqlen_q=60, return_lse=True, **cache.layout,
-    )  # fmt: skip
+    exact = Cache(cache.k.clone(), cache.v.clone(), cache.page_table)
+    where = dict(k=k, v=v, cache_seqlens=before, cu_seqlens_q=cu_seqlens, max_seqlen_q=60, return_lse=True)
+    out, lse = dca_attention_with_kvcache(q, cache.k, cache.v, cos, sin, SMALL, **where, **cache.layout)
+    expected, expected_lse = reference.dca_attention_with_kvcache(
+        q, exact.k, exact.v, cos, sin, SMALL, **where, **exact.layout, out_dtype=torch.float64
+    )
+    assert_close(out, expected)
+    assert_lse_close(lse, expected_lse)
     assert lse.shape == (HEADS, sum(new))
     for b, (begin, end) in enumerate(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False)):
         one = slice(begin, end)
@@ -271,6 +292,23 @@ def test_keys_in_the_cache_do_not_depend_on_temperature():
         dca_attention_with_kvcache(q, cache.k, cache.v, cos, sin, c, k=k, v=v, cache_seqlens=0)
         caches.append(cache.k)
     assert torch.equal(*caches)
+
+
+def test_yarn_counts_the_keys_of_each_sequence():
+    """More than the pretraining length, fewer, more with padding but fewer without, and none."""
+    config = DCAConfig(N, P, "yarn", 90)
+    cos, sin = tables(SMALL, DIM)
+    cache = empty_cache(4, 130, KV_HEADS, DIM, torch.float32)
+    q, k, v = rows(4, 120)
+    fill(cache, k, v, cos, sin)
+    lengths, leftpad = (torch.tensor(x, dtype=torch.int32) for x in ([120, 30, 120, 0], [0, 0, 40, 0]))
+    where = dict(cache_seqlens=lengths, cache_leftpad=leftpad, return_lse=True)
+    out, lse = dca_attention_with_kvcache(q[:, :5], cache.k, cache.v, cos, sin, config, **where)
+    expected, expected_lse = reference.dca_attention_with_kvcache(
+        q[:, :5], cache.k, cache.v, cos, sin, config, out_dtype=torch.float64, **where
+    )
+    assert_close(out, expected)
+    assert_lse_close(lse, expected_lse)
 
 
 def test_prefill_equals_decode_with_a_passed_temperature():

@@ -130,3 +130,16 @@ def test_values_that_are_not_finite_reach_the_rows_that_see_them_and_no_others(v
     v[0, 13, 1, 5] = value
     out = reference.dca_attention(q, k, v, cos, sin, FIGURE_2)
     torch.testing.assert_close(out, expected, equal_nan=True)
+
+
+def test_outputs_have_the_dtype_asked_for():
+    q, k, v = (torch.randn(1, 9, heads, 8).bfloat16() for heads in (4, 2, 2))
+    cos, sin = tables(FIGURE_2, 8)
+    rotated, borders = reference.rotate_keys(k, cos, sin, FIGURE_2), torch.tensor([0, 4, 9])
+    for asked, expected in ((None, torch.bfloat16), (torch.float64, torch.float64)):
+        for out in (
+            reference.dca_attention(q, k, v, cos, sin, FIGURE_2, out_dtype=asked),
+            reference.dca_attention_varlen(q[0], k[0], v[0], borders, 5, cos, sin, FIGURE_2, out_dtype=asked),
+            reference.dca_attention_with_kvcache(q, rotated, v, cos, sin, FIGURE_2, cache_seqlens=9, out_dtype=asked),
+        ):
+            assert out.dtype == expected

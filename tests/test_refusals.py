@@ -146,6 +146,7 @@ CACHED = {
     "temperature strided": (dict(temperature=torch.ones(4)[::2]), "temperature must be contiguous"),
     "temperature as float": (dict(temperature=1.0), "temperature must be a tensor or None; got float"),
     "softmax_scale": (dict(softmax_scale="x"), "softmax_scale must be a float or None; got str"),
+    "softmax_scale as bool": (dict(softmax_scale=True), "softmax_scale must be a float or None; got bool"),
     "softmax_scale as tensor": (dict(softmax_scale=torch.ones(2)), "softmax_scale must be a float or None; got Tensor"),
     "return_lse": (dict(return_lse="x"), "return_lse must be True or False; got 'x'"),
     "interleaved": (dict(interleaved=1), "interleaved must be True or False; got 1"),
@@ -287,11 +288,13 @@ SELF_KINDS = {
     "no tables": (dict(rotary_sin=None), "rotary_sin must be a tensor; got NoneType"),
     "no flag": (dict(interleaved="x"), "interleaved must be True or False; got 'x'"),
     "no temperature": (dict(temperature=1.0), "temperature must be a tensor or None; got float"),
+    "no config": (dict(config=(4, 6)), "config must be a DCAConfig; got tuple"),
 }
 RAGGED_KINDS = SELF_KINDS | {
     "no maximum": (dict(max_seqlen_q=None), "max_seqlen_q must be an int; got NoneType"),
     "maximum as float": (dict(max_seqlen_q=3.0), "max_seqlen_q must be an int; got float"),
     "maximum as str": (dict(max_seqlen_q="3"), "max_seqlen_q must be an int; got str"),
+    "maximum as bool": (dict(max_seqlen_q=True), "max_seqlen_q must be an int; got bool"),
 }
 
 
@@ -304,6 +307,48 @@ def test_arguments_of_the_wrong_kind_are_type_errors(name):
     if name in SELF_KINDS:
         with pytest.raises(TypeError, match=message):
             dca_attention(**arguments | dict(q=q_of(), k=K3, v=V3) | changed)
+
+
+ROTATE_KINDS = {
+    "k as list": (dict(k=[1.0]), "k must be a tensor; got list"),
+    "no tables": (dict(rotary_sin=None), "rotary_sin must be a tensor; got NoneType"),
+    "left padding as list": (dict(cache_leftpad=[0, 0]), "cache_leftpad must be a tensor or None; got list"),
+    "no config": (dict(config=(4, 6)), "config must be a DCAConfig; got tuple"),
+    "no flag": (dict(interleaved=1), "interleaved must be True or False; got 1"),
+    "length as float": (dict(cache_seqlens=1.0), "cache_seqlens must be an int or an int32 tensor .*; got float"),
+    "length as bool": (dict(cache_seqlens=True), "cache_seqlens must be an int or an int32 tensor .*; got bool"),
+    "length beyond 32 bits": (dict(cache_seqlens=2**31), "cache_seqlens must fit in 32 bits; got 2147483648"),
+    "length below 32 bits": (dict(cache_seqlens=-(2**31) - 1), "cache_seqlens must fit in 32 bits; got -2147483649"),
+}
+APPEND_KINDS = ROTATE_KINDS | {
+    "v as list": (dict(v=[1.0]), "v must be a tensor; got list"),
+    "cache as list": (dict(v_cache=[1.0]), "v_cache must be a tensor; got list"),
+    "page table as list": (dict(page_table=[[0]]), "page_table must be a tensor or None; got list"),
+    "borders as list": (dict(cu_seqlens_q=[0, 3], max_seqlen_q=3), "cu_seqlens_q must be a tensor; got list"),
+    "maximum as bool": (dict(cu_seqlens_q=lengths(0, 3), max_seqlen_q=True), "max_seqlen_q must be an int; got bool"),
+    "borders alone": (
+        dict(cu_seqlens_q=lengths(0, 3, 6)),
+        "cu_seqlens_q and max_seqlen_q go together; got cu_seqlens_q without max_seqlen_q",
+    ),
+    "a maximum alone": (
+        dict(max_seqlen_q=3),
+        "cu_seqlens_q and max_seqlen_q go together; got max_seqlen_q without cu_seqlens_q",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", APPEND_KINDS)
+def test_rotating_and_appending_refuse_arguments_of_the_wrong_kind(name):
+    changed, message = APPEND_KINDS[name]
+    cache = empty_cache(2, 10, KV_HEADS, DIM, torch.float32)
+    arguments = dict(k=K3, rotary_cos=COS, rotary_sin=SIN, config=SMALL)
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        rotate_and_append_kv(**arguments | dict(v=V3, k_cache=cache.k, v_cache=cache.v, cache_seqlens=0) | changed)
+    assert cache.k.isnan().all()
+    assert cache.v.isnan().all()
+    if name in ROTATE_KINDS:
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+            rotate_keys(**arguments | changed)
 
 
 def test_numbers_of_numpy_will_do():
@@ -337,6 +382,8 @@ def test_segments_and_merges_refuse():
     outs, lses = torch.randn(2, 1, 3, 2, 8), torch.randn(2, 1, 2, 3)
     with pytest.raises(ValueError, match="same number of parts, at least one; got 2 and 1"):
         merge_attention_states(outs, lses[:1])
+    with pytest.raises(ValueError, match="same number of parts, at least one; got 1 and 2"):
+        merge_attention_states(outs[:1], lses)
     with pytest.raises(ValueError, match="same number of parts, at least one; got 0 and 0"):
         merge_attention_states([], [])
     with pytest.raises(ValueError, match=r"lses must have shape \(1, 2, 3\); got \(1, 3, 2\)"):
@@ -345,6 +392,12 @@ def test_segments_and_merges_refuse():
         merge_attention_states(outs, lses.double())
     with pytest.raises(ValueError, match="outs must have shape"):
         merge_attention_states([outs[0], outs[1][:, :2]], list(lses))
+    with pytest.raises(TypeError, match=r"outs\[1\] must be a tensor; got float"):
+        merge_attention_states([outs[0], 1.0], list(lses))
+    with pytest.raises(TypeError, match=r"lses\[0\] must be a tensor; got NoneType"):
+        merge_attention_states(list(outs), [None, lses[1]])
+    with pytest.raises(ValueError, match=r"outs\[1\] must be on the device of outs\[0\], cpu; got meta"):
+        merge_attention_states([outs[0], outs[1].to("meta")], list(lses))
 
 
 def test_rotate_keys_refuses():

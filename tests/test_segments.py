@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from oracle import DTYPES, SMALL, assert_close, assert_lse_close, empty_cache, random_rows, tables
+from oracle import DTYPES, SMALL, assert_close, assert_lse_close, empty_cache, ragged_borders, random_rows, tables
 
 from dca_ext import (
     dca_attention_with_kvcache,
@@ -41,6 +41,27 @@ def test_each_segment_against_the_oracle(filled, segment, seqlen_q):
     if seqlen_q == SEQLEN:
         without_keys = {"intra": 0, "successive": SMALL.chunk_len, "inter": 2 * SMALL.chunk_len}[segment]
         assert int(lse.isneginf()[0, 0].sum()) == without_keys
+
+
+@pytest.mark.parametrize("segment", SEGMENTS)
+def test_segments_take_what_the_whole_takes(segment):
+    """Ragged queries over pages with left padding, a scale, temperatures and interleaved pairs, all at once."""
+    cos, sin = tables(SMALL, DIM)
+    cache = empty_cache(2, SEQLEN + 9, KV_HEADS, DIM, torch.float32, page_size=16)
+    k, v = (random_rows(2, SEQLEN, KV_HEADS, DIM) for _ in range(2))
+    options = dict(page_table=cache.page_table, cache_leftpad=torch.tensor([7, 0], dtype=torch.int32), interleaved=True)
+    rotate_and_append_kv(k, v, cache.k, cache.v, cos, sin, SMALL, cache_seqlens=0, **options)
+    options |= dict(cu_seqlens_q=ragged_borders(30, 4), max_seqlen_q=30)
+    options |= dict(softmax_scale=0.4, temperature=torch.tensor([0.7, 1.3]))
+    arguments = (random_rows(34, HEADS, DIM), cache.k, cache.v, cos, sin, SMALL)
+    out, lse = dca_segment_attention(*arguments, segment=segment, cache_seqlens=SEQLEN, **options)
+    expected, expected_lse = reference.dca_segment_attention(
+        *arguments, segment=segment, cache_seqlens=SEQLEN, out_dtype=torch.float64, **options
+    )
+    assert_close(out, expected)
+    assert_lse_close(lse, expected_lse)
+    with pytest.raises(ValueError, match="num_splits must be between 0"):
+        dca_segment_attention(*arguments, segment=segment, cache_seqlens=SEQLEN, num_splits=-1, **options)
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])

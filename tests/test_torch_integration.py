@@ -78,6 +78,17 @@ def test_opcheck(op, arguments):
     torch.library.opcheck(op.default, arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_without_values_have_the_dtypes_of_those_with(dtype):
+    results = []
+    for device in ("cpu", "meta"):
+        tensors = [x.to(device, dtype) for x in qkv()]
+        whole = dca_attention(*tensors, COS.to(device), SIN.to(device), SMALL, return_lse=True)
+        merged = merge_attention_states([whole[0]], [whole[1]])
+        results.append([(x.dtype, x.shape) for x in (*whole, *merged)])
+    assert results[0] == results[1]
+
+
 def cached_call(q, k, v, k_cache, v_cache, lengths):
     out = dca_attention_with_kvcache(q, k_cache, v_cache, COS, SIN, SMALL, k=k, v=v, cache_seqlens=lengths)
     return out * 2
@@ -154,6 +165,9 @@ def test_backward_says_that_there_is_none(which):
         assert out.requires_grad
         with pytest.raises(NotImplementedError, match=r"dca_ext::(attention|rotate_keys) has no backward"):
             out.sum().backward()
+        if which == 1:
+            with pytest.raises(NotImplementedError, match="dca_ext::rotate_keys has no backward"):
+                rotate_keys(tensors[1], COS, SIN, SMALL).sum().backward()
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -171,13 +185,17 @@ def test_backward_through_a_cache_says_so_too(which):
                 rotate_and_append_kv(k, v, cache.k, cache.v, COS, SIN, SMALL, cache_seqlens=0)
 
 
-def test_autograd_learns_that_a_cache_was_written():
-    k, v = qkv(seqlen=3)[1:]
+@pytest.mark.parametrize("attends", [False, True])
+def test_autograd_learns_that_a_cache_was_written(attends):
+    q, k, v = qkv(seqlen=3)
     caches = tuple(torch.zeros(2, 64, KV_HEADS, DIM) for _ in range(2))
     weights = torch.ones_like(caches[0], requires_grad=True)
     with torch.enable_grad():
         product = (weights * caches[0]).sum()  # saves the cache
-        rotate_and_append_kv(k, v, *caches, COS, SIN, SMALL, cache_seqlens=0)
+        if attends:
+            dca_attention_with_kvcache(q, *caches, COS, SIN, SMALL, k=k, v=v, cache_seqlens=0)
+        else:
+            rotate_and_append_kv(k, v, *caches, COS, SIN, SMALL, cache_seqlens=0)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             product.backward()
 
@@ -209,6 +227,38 @@ def test_compiled_appends_to_views_of_one_tensor():
     assert torch.equal(pools[0], pools[1])
 
 
+def test_without_grad_mode_caches_and_rows_may_require_grad():
+    q, k, v = (x.requires_grad_() for x in qkv(seqlen=3))
+    caches = [torch.zeros(2, 64, KV_HEADS, DIM).requires_grad_() for _ in range(2)]
+    rotate_and_append_kv(k, v, *caches, COS, SIN, SMALL, cache_seqlens=0)
+    out = dca_attention_with_kvcache(q, *caches, COS, SIN, SMALL, k=k, v=v, cache_seqlens=3)
+    assert not out.requires_grad
+    assert torch.equal(caches[1][:, :3], v)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_no_row_gets_lost_from_the_graph(which):
+    """Asked for the gradient of one among several, where autograd would say that it is unused."""
+    tensors = [x.requires_grad_() for x in qkv(seqlen=3)]
+    q, k, v = tensors
+    cache = empty_cache(2, 64, KV_HEADS, DIM, torch.float32)
+    with torch.enable_grad():
+        for out in (
+            dca_attention(q, k, v, COS, SIN, SMALL),
+            dca_attention_with_kvcache(q, cache.k, cache.v, COS, SIN, SMALL, k=k, v=v, cache_seqlens=0),
+        ):
+            with pytest.raises(NotImplementedError, match="has no backward"):
+                torch.autograd.grad(out.sum(), tensors[which], allow_unused=True)
+
+
+def test_caches_of_inference_mode_are_written():
+    q, k, v = qkv(seqlen=3)
+    with torch.inference_mode():
+        caches = [torch.zeros(2, 64, KV_HEADS, DIM) for _ in range(2)]
+        dca_attention_with_kvcache(q, *caches, COS, SIN, SMALL, k=k, v=v, cache_seqlens=0)
+        assert torch.equal(caches[1][:, :3], v)
+
+
 def test_merge_has_no_backward_either():
     outs = torch.randn(2, 1, 3, 2, 8, requires_grad=True)
     with torch.enable_grad(), pytest.raises(NotImplementedError, match="merge_attention_states has no backward"):
@@ -230,7 +280,11 @@ def test_forward_mode_says_that_there_is_none(which):
         ),
         lambda q, k, v: dca_segment_attention(q, k, v, COS, SIN, SMALL, segment="intra", cache_seqlens=3),
         lambda *x: merge_attention_states([x[which], x[which]], [torch.randn(2, x[which].shape[2], 3)] * 2)[0],
+        lambda *x: merge_attention_states([torch.zeros_like((q, k, v)[which])], [x[which].transpose(1, 2).sum(-1)])[1],
+        lambda *x: dca_attention(q, k, v, COS, SIN, SMALL, temperature=x[which].sum((1, 2, 3))),
     ]
+    if which:
+        calls.append(lambda _, k, v: rotate_and_append_kv(k, v, cache.k, cache.v, COS, SIN, SMALL, cache_seqlens=0))
     for call in calls:
 
         def of_one(x, call=call):
