@@ -72,16 +72,19 @@ ALLOWED = {
     "rotary": {"config"},
     "cache": {"config"},
     "functional": {"config", "arguments", "operators"},
-    "attention": {"config", "functional", "rotary", "cache"},
+    "dca_cache": {"config", "functional", "scales"},
+    "attention": {"config", "functional", "rotary", "cache", "dca_cache"},
     "patch": {"config", "attention", "cache", "rotary"},
     "cli": {"", "cli", "_core"},  # "": the public names
     "__main__": {"cli"},
-    "__init__": {"config", "version", "attention", "functional", "installation", "patch", "rotary", "scales"},
+    "__init__": {
+        *("config", "version", "attention", "dca_cache", "functional", "installation", "patch", "rotary", "scales"),
+    },
 }
 
 #: Third-party packages that only some may know; all may know torch, except those in WITHOUT_TORCH.
 OWNERS = {
-    "transformers": {"rotary", "cache", "attention", "patch", "cli"},
+    "transformers": {"rotary", "cache", "dca_cache", "attention", "patch", "cli"},
     **{name: {"cli"} for name in ("gguf", "matplotlib", "rich", "safetensors", "tokenizers")},
 }
 WITHOUT_TORCH = {"version", "config", "installation", "__main__"}
