@@ -223,8 +223,8 @@ MUTATIONS = [
     Mutation(
         "amx: weights of one key too many",
         CPU + "simd_tiles.inc",
-        "BFloat16Tiles::round_weights(p, n);",
-        "BFloat16Tiles::round_weights(p, n + 1);",
+        "BFloat16Tiles::round_weights(p, n, factors);",
+        "BFloat16Tiles::round_weights(p, n + 1, factors);",
         modes=("amx_bf16",),
     ),
     Mutation(
@@ -269,9 +269,21 @@ MUTATIONS = [
     ),
     Mutation(
         "int8: packed keys leave out the scales",
-        CPU + "simd_packed.inc",
-        "if constexpr (kScaled<T>) square[l] *= scale;",
-        "if constexpr (kScaled<T>) square[l] *= 1.0f;",
+        CPU + "tile_walk.h",
+        "logit_factor_ * (has_scales(keys) ? keys.scale[j] : 1.0f)",
+        "logit_factor_",
+    ),
+    Mutation(
+        "int8: packed values leave out the scales",
+        CPU + "tile_walk.h",
+        "has_scales(values) ? values.scale : nullptr",
+        "nullptr",
+    ),
+    Mutation(
+        "int8: a NaN for a scale of an unseen value reaches rows of a tile",
+        CPU + "tile_walk.h",
+        "finite = finite && std::isfinite(values.scale[j]);",
+        "",
     ),
     Mutation(
         "int8: a row's last channels do not count for its scale",

@@ -51,7 +51,7 @@ struct RunRows {
 /// Up to kBlockKeys keys or values of one head, wherever they lie.
 struct BlockRows {
   const void* row[kBlockKeys];
-  float scale[kBlockKeys];  ///< of each row of an Int8 cache
+  float scale[kBlockKeys] = {};  ///< of each row of an Int8 cache; what is packed is without it
   int32_t count = 0;
   DType dtype = DType::Float32;
 };
@@ -78,11 +78,14 @@ struct PackedProducts {
   /// Returns whether all values are finite.
   bool (*pack_values)(const BlockRows& values, int32_t dim, float* packed);
 
-  /// Rounds a row of n weights, in place, to words.
-  void (*round_weights)(float* p, int32_t n);
+  /// Rounds a row of n weights, times factors if there are any (kBlockKeys, the last ones behind n finite), in place to
+  /// words.
+  void (*round_weights)(float* p, int32_t n, const float* factors);
 
-  /// s (m rounded up to groups, n rounded up to a panel; rows of kBlockKeys floats) = scale * queries * keys^T.
-  void (*qk)(const float* queries, int32_t m, const float* keys, int32_t n, int32_t dim, float scale, float* s);
+  /// s (m rounded up to groups, n rounded up to a panel; rows of kBlockKeys floats) = queries * keys^T, column j times
+  /// factors[j].
+  void (*qk)(const float* queries, int32_t m, const float* keys, int32_t n, int32_t dim, const float* factors,
+             float* s);
 
   /// o (m rounded up to groups, dim rounded up to lanes) += weights (rows of kBlockKeys words) * values (n, dim).
   void (*pv)(const float* p, int32_t m, const float* values, int32_t n, int32_t dim, float* o, int64_t ldo);
@@ -139,7 +142,7 @@ struct MicroKernels {
   void (*scale_columns)(float* s, int32_t m, const RunRows& rows);
 
   PackedProducts fp32;
-  const PackedProducts* bfloat16;  ///< of bfloat16 queries, keys and values; nullptr: as fp32
+  const PackedProducts* bfloat16;  ///< of bfloat16 queries over keys and values of 16 or 8 bits; nullptr: as fp32
 };
 
 /// One per compiled instruction set; see micro_kernels.cpp.

@@ -3,17 +3,17 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "query_rows.h"
 
 namespace dca::cpu {
 
-/// The products of a task's tiles: those of bfloat16 where keys and values are and the machine can, else fp32. Factors
-/// on the logits come after the product, so that Q is rounded as the model would round it.
+/// The products of a task's tiles: those of bfloat16 where queries are and the machine can, else fp32. Factors on the
+/// logits come after the product, so that Q is rounded as the model would round it, and 8-bit numbers stay as they are.
 inline const PackedProducts& packed_products(const AttentionParams& p, const MicroKernels& mk) {
-  const bool bfloat16 = p.dtype == DType::BFloat16 && dtype_of_cache(p) == DType::BFloat16;
-  return bfloat16 && mk.bfloat16 != nullptr ? *mk.bfloat16 : mk.fp32;
+  return p.dtype == DType::BFloat16 && mk.bfloat16 != nullptr ? *mk.bfloat16 : mk.fp32;
 }
 
 /// Buffers of one worker. `dim` is head_dim rounded up to whole panels, `rows` a multiple of a group.
@@ -106,32 +106,39 @@ class TileWalk {
   }
 
   void block(int32_t begin, int32_t n, bool masked) {
-    products_.pack_keys(rows_of(c_.keys, begin, n), c_.p.head_dim, w_.keys);
+    const BlockRows keys = rows_of(c_.keys, begin, n);
+    products_.pack_keys(keys, c_.p.head_dim, w_.keys);
+    float logit_factors[kBlockKeys] = {};
+    for (int32_t j = 0; j < n; ++j) logit_factors[j] = logit_factor_ * (has_scales(keys) ? keys.scale[j] : 1.0f);
     const BlockRows values = rows_of(c_.values, begin, n);
-    const bool finite = products_.pack_values(values, c_.p.head_dim, w_.values);
+    bool finite = products_.pack_values(values, c_.p.head_dim, w_.values);
+    for (int32_t j = 0; has_scales(values) && j < n; ++j) finite = finite && std::isfinite(values.scale[j]);
     for (int32_t first = 0; first < c_.rows.count(); first += products_.strip_rows) {
       const int32_t m = std::min(products_.strip_rows, c_.rows.count() - first);
       int32_t seen[kMaxStripRows];
       for (int32_t r = 0; r < m; ++r) seen[r] = c_.rows.visible(first + r, begin, n, masked);
       const int32_t most = *std::max_element(seen, seen + m);
       if (most == 0) continue;
-      products_.qk(queries(first), m, w_.keys, most, c_.p.head_dim, logit_factor_, w_.logits);
+      products_.qk(queries(first), m, w_.keys, most, c_.p.head_dim, logit_factors, w_.logits);
       c_.mk.softmax_rows(w_.logits, kBlockKeys, m, seen, c_.state.row_max + first, c_.state.row_sum + first,
                          c_.state.row(first), c_.state.dim, static_cast<int32_t>(c_.state.dim));
       if (masked && !finite) {
         weigh_seen_values(first, m, seen, values);
       } else {
-        weigh_packed_values(first, m, seen, most);
+        weigh_packed_values(first, m, seen, most, values);
       }
     }
   }
 
+  // The rows of an Int8 cache.
+  static bool has_scales(const BlockRows& rows) { return rows.dtype == DType::Int8; }
+
   // Keys that a row does not see get weight 0.
-  void weigh_packed_values(int32_t first, int32_t m, const int32_t* seen, int32_t most) {
+  void weigh_packed_values(int32_t first, int32_t m, const int32_t* seen, int32_t most, const BlockRows& values) {
     for (int32_t r = 0; r < m; ++r) {
       float* const weights = w_.logits + r * kBlockKeys;
       std::fill(weights + seen[r], weights + most, 0.0f);
-      products_.round_weights(weights, most);
+      products_.round_weights(weights, most, has_scales(values) ? values.scale : nullptr);
     }
     products_.pv(w_.logits, m, w_.values, most, c_.p.head_dim, c_.state.row(first), c_.state.dim);
   }
@@ -141,7 +148,7 @@ class TileWalk {
     for (int32_t j = 0; j < values.count; ++j) {
       float* const value = w_.staged;
       c_.mk.load_row(values.row[j], values.dtype, c_.p.head_dim, value);
-      const float scale = values.dtype == DType::Int8 ? values.scale[j] : 1.0f;
+      const float scale = has_scales(values) ? values.scale[j] : 1.0f;
       for (int32_t r = 0; r < m; ++r) {
         if (j >= seen[r]) continue;
         const float weight = w_.logits[r * kBlockKeys + j] * scale;
