@@ -1,10 +1,11 @@
 """What a step of generation costs with each KV cache: SmolLM2-135M behind a long prompt, plain and with DCA.
 
     python bench/cache_steps.py                              # behind 8192 tokens, some minutes on two cores
-    python bench/cache_steps.py --model FOLDER --tokens 32768 --dtype bfloat16 --device cuda --json steps.json
+    python bench/cache_steps.py --random llama3-8b --tokens 32768 --dtype bfloat16 --device cuda --json steps.json
 
 All caches read the prompt, of random tokens; then they take steps of one token in turn, so that a machine whose speed
-drifts slows all of them. Medians, with the bytes that each cache holds. Time does not depend on the tokens.
+drifts slows all of them. Medians, with the bytes that each cache holds. Time depends neither on the tokens nor on the
+weights, so that a model of random ones (--random) needs no download.
 """
 
 from __future__ import annotations
@@ -31,6 +32,28 @@ from dca_ext.cli.arguments import positive
 from dca_ext.cli.demo import progress_bar
 from dca_ext.cli.stream import cache_argument
 
+#: Of models of random weights: what of a LlamaConfig makes time.
+SHAPES = {
+    "smollm2": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+    },
+    "llama3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+    },
+}
+
 #: Tokens that are read at a time.
 PIECE = 2048
 
@@ -53,6 +76,14 @@ def caches(config: Any, slots: int, device: torch.device) -> dict[str, tuple[Cal
         name = f"DCA, DCACache, {str(dtype).removeprefix('torch.')}"
         ways[name] = (replace_attention, DCACache(config, dtype=dtype, capacity=slots))
     return ways
+
+
+def random_model(shape: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """A Llama of this shape."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    with device:
+        return AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[shape]), dtype=dtype).eval()
 
 
 def bytes_held(cache: Any) -> int:
@@ -118,7 +149,9 @@ def table(rows: Sequence[Row]) -> str:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a folder, GGUF file or hub name of a Llama; default: SmolLM2 as the demo's")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", help="a folder, GGUF file or hub name of a Llama; default: SmolLM2 as the demo's")
+    which.add_argument("--random", choices=SHAPES, help="random weights of this shape instead")
     parser.add_argument("--tokens", type=positive, default=8192, help="of the prompt; default: 8192")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda[:N]")
@@ -131,11 +164,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints; 0, 1 with a sentence where the model cannot be had, 130 if interrupted."""
     args = parse(arguments)
-    name = args.model or models.SMOLLM2
+    name = f"{args.random}, random weights," if args.random else args.model or models.SMOLLM2
+    dtype = getattr(torch, args.dtype)
     results: dict[str, Row] = {}
     status = 0
     try:
-        model, _ = models.load_model(name, dtype=getattr(torch, args.dtype), device=args.device)
+        if args.random:
+            model = random_model(args.random, dtype, args.device)
+        else:
+            model, _ = models.load_model(name, dtype=dtype, device=args.device)
         torch.manual_seed(0)
         tokens = torch.randint(model.config.vocab_size, (1, args.tokens)).to(args.device)
         with progress_bar(Console(stderr=True, highlight=False)) as bars:

@@ -24,10 +24,11 @@ Builds dca_ext on a machine with a CUDA GPU, checks it there and times it, witho
   --jobs N               parallel compilations and test processes (one per processor; at most 16 of the latter)
 
 Steps: machine gtest configure build modules cuda_tests pytest memcheck racecheck dca_bench dca_bench_sm80 variants
-bench_attention.
+bench_attention cache_steps.
 Needs nvcc, cmake, a C++ compiler, and a Python with torch and pybind11. Each step's output is in STEP.log of the
-results folder, the figures are in dca_bench.jsonl and attention.json. A failing step does not stop the next ones; the
-exit status is 0 if all steps that ran succeeded, 1 if one failed, 2 if nothing can run here, 130 if interrupted.
+results folder, the figures are in dca_bench.jsonl, attention.json and cache_steps.json. A failing step does not stop
+the next ones; the exit status is 0 if all steps that ran succeeded, 1 if one failed, 2 if nothing can run here, 130 if
+interrupted.
 TEXT
 }
 
@@ -68,7 +69,7 @@ for folder in "$build" "$cutlass" "$gtest"; do
   [ -z "$folder" ] || [ -d "$folder" ] || die "there is no folder '$folder'."
 done
 known=(machine gtest configure build modules cuda_tests pytest memcheck racecheck dca_bench dca_bench_sm80 variants
-  bench_attention)
+  bench_attention cache_steps)
 for step in ${only//,/ } ${skip//,/ }; do
   [[ " ${known[*]} " == *" $step "* ]] || die "there is no step '$step'; gpu_check.sh --help lists them."
 done
@@ -325,6 +326,11 @@ step_bench_attention() {
   cd "$out" && PYTHONUNBUFFERED=1 PYTHONPATH=$site "$python" "$root/bench/bench_attention.py" "${options[@]}"
 }
 
+step_cache_steps() {
+  cd "$out" && PYTHONUNBUFFERED=1 PYTHONPATH=$site "$python" "$root/bench/cache_steps.py" --random llama3-8b \
+    --tokens 32768 --dtype bfloat16 --device cuda --json "$out/cache_steps.json"
+}
+
 # --- Running them ---
 
 steps=() codes=() times=() notes=()
@@ -433,8 +439,9 @@ else
 fi
 if modules_ready; then
   run_step bench_attention 180
+  run_step cache_steps 90
 else
-  skip_step bench_attention "the Python modules were not built"
+  for step in bench_attention cache_steps; do skip_step "$step" "the Python modules were not built"; done
 fi
 
 # --- Summary, last ---

@@ -470,6 +470,19 @@ def test_steps_over_each_cache_of_a_tiny_model(
     assert "DCA, StaticCache" in capsys.readouterr().out
 
 
+def test_steps_of_a_model_of_random_weights(
+    tiny_llama: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    small = {name: getattr(tiny_llama.config, name) for name in cache_steps.SHAPES["smollm2"]}
+    monkeypatch.setitem(cache_steps.SHAPES, "smollm2", small)
+    assert (
+        cache_steps.main(["--tokens=20", "--steps=1", "--random=smollm2", "--dtype=bfloat16", "--json=steps.json"]) == 0
+    )
+    results = json.loads(Path("steps.json").read_text())
+    assert results["rows"][0]["held_mib"] == 2 * 2 * (20 + cache_steps.WARM_UP + 1) * 32 * 2 / 2**20
+    assert "smollm2, random weights, behind 20 tokens, bfloat16" in capsys.readouterr().out
+
+
 def test_steps_end_with_a_sentence_or_with_what_was_measured(
     tiny_llama: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

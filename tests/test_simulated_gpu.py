@@ -103,3 +103,22 @@ def test_the_gpu_is_named(run_on_gpu) -> None:
     out = run_on_gpu("-m", "dca_ext", "info", "--device", "cuda", "--dtype", "bfloat16")
     assert "compute capability 9.0" in out
     assert "cuda/sm90/prefill/bf16/64" in out
+
+
+STEPS = f"""
+import sys
+
+sys.path.insert(0, {str(ROOT / "bench")!r})
+import cache_steps
+
+small = dict(hidden_size=128, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+cache_steps.SHAPES["smollm2"] |= small | dict(vocab_size=32)
+sys.exit(cache_steps.main(["--random=smollm2", "--tokens=40", "--steps=1", "--dtype=bfloat16", "--device=cuda"]))
+"""
+
+
+def test_steps_over_each_cache(run_on_gpu, tmp_path: Path) -> None:
+    (tmp_path / "steps.py").write_text(STEPS)
+    out = run_on_gpu(tmp_path / "steps.py")
+    assert "DCA, DCACache, float8_e4m3fn" in out
+    assert "int8" not in out
