@@ -39,7 +39,7 @@ class DCACache(Cache):
     Args:
         config: the model's config.
         dtype: None to hold keys and values in the model's dtype; torch.float8_e4m3fn, one byte each, with a scale for
-            each KV head, that of `kv_cache_scale` for the first tokens that come, which ought to be a prompt;
+            each KV head, that of `kv_cache_scale` for the tokens that come first, which ought to be a prompt;
             torch.int8, on the CPU alone, one byte each with a scale for every token and KV head.
         capacity: slots to begin with, left padding included. A cache that is full grows by a quarter, for which the
             old and the new one are in memory side by side: say what you need where memory is short.
@@ -130,7 +130,7 @@ class DCACacheLayer(CacheLayerMixin):
     ) -> Tensor:
         """`dca_attention_with_kvcache` with new k and v over this layer's cache; arguments and result as there."""
         self._make_room(k)
-        head_scales = self._head_scales
+        head_scales = self._head_scales if self._used > 0 else None
         if self._dtype == torch.float8_e4m3fn and head_scales is None and k.numel() > 0:
             head_scales = kv_cache_scale(k, margin=self._scale_margin), kv_cache_scale(v, margin=self._scale_margin)
         k_scale, v_scale = self._tensors[2:] or head_scales or (None, None)
@@ -196,9 +196,8 @@ class DCACacheLayer(CacheLayerMixin):
             self._used = max(self._used + tokens_to_remove, 0)
 
     def reset(self) -> None:
-        """Forgets all tokens and the scales that came with the first of them; the memory stays for a batch alike."""
+        """Forgets all tokens; the memory stays for a batch alike."""
         self._used = 0
-        self._head_scales = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence b becomes what sequence beam_idx[b] was, in place."""

@@ -222,9 +222,11 @@ def test_scales_of_e4m3_come_with_the_first_tokens_and_stay(dca):
     wider = DCACache(dca.config, dtype=torch.float8_e4m3fn, scale_margin=4)
     logits(dca, tokens(1, 20), past=wider)
     assert all(torch.equal(2 * a, b) for a, b in zip(first, wider.layers[0].scales, strict=True))
-    cache.reset()
-    logits(dca, tokens(1, 20, seed=5), past=cache)
-    assert not torch.equal(first[0], cache.layers[0].scales[0])
+    for seed, empty in ((5, cache.reset), (6, lambda: cache.crop(-20))):
+        empty()
+        logits(dca, tokens(1, 20, seed=seed), past=cache)
+        assert not torch.equal(first[0], cache.layers[0].scales[0])
+        first = [scale.clone() for scale in cache.layers[0].scales]
 
 
 # --- Memory ----------------------------------------------------------------------------------------------------------
