@@ -45,9 +45,16 @@ foreach(architecture IN LISTS DCA_CUDA_ARCHITECTURES)
   endif()
 endforeach()
 
-# A spill to local memory is an error of ours, so it fails the build; -v leaves registers and shared memory of every
-# kernel in the log.
-option(DCA_CUDA_ALLOW_SPILLS "Only warn if ptxas spills registers" OFF)
+# A spill to local memory is an error of ours, so it fails the build for the architectures that we look at; -v leaves
+# registers and shared memory of every kernel in the log.
+set(_others ${DCA_CUDA_ARCHITECTURES})
+list(REMOVE_ITEM _others 80 90 90a)
+if(_others)
+  set(_allow_spills ON)
+else()
+  set(_allow_spills OFF)
+endif()
+option(DCA_CUDA_ALLOW_SPILLS "Only warn if ptxas spills registers" ${_allow_spills})
 set(_strict "")
 if(NOT DCA_CUDA_ALLOW_SPILLS)
   set(_strict "-Werror=all-warnings")
