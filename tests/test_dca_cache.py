@@ -1,4 +1,4 @@
-"""`DCACache`: what models generate over it, what it holds in 8 bits, and its memory."""
+"""`DCACache`: copies and crops, what it holds in 8 bits, its memory. What models generate: test_generation.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 from tiny_models import (
     CACHE_ARGUMENT,
-    FAMILIES,
     SMALL,
     assert_same,
     greedy_by_recomputing,
@@ -20,7 +19,7 @@ from tiny_models import (
     tokens,
     tolerance,
 )
-from transformers import DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from dca_ext import DCACache, reference, replace_attention, restore_attention
 from dca_ext.dca_cache import DCACacheLayer
@@ -44,10 +43,9 @@ def slow(plain):
     return slow_model(plain)
 
 
-def generate(model, ids, cache, **kwargs):
-    """Without a cache if that is None."""
-    kwargs = {"max_new_tokens": NEW, "do_sample": False, "attention_mask": torch.ones_like(ids), **kwargs}
-    return model.generate(ids, **({"use_cache": False} if cache is None else {CACHE_ARGUMENT: cache}), **kwargs)
+def generate(model, ids, cache):
+    mask = torch.ones_like(ids)
+    return model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, **{CACHE_ARGUMENT: cache})
 
 
 def dequantised(cache: DCACache, layer: int = 0):
@@ -60,83 +58,7 @@ def dequantised(cache: DCACache, layer: int = 0):
     return k * k_scale, v * v_scale
 
 
-# --- In the model's own dtype: as with a DynamicCache ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("length", [1, 5, 6, 7, 12, 29])
-def test_greedy(dca, slow, length):
-    ids = tokens(2, length)
-    assert torch.equal(generate(dca, ids, DCACache(dca.config)), greedy_by_recomputing(slow, ids, NEW))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_in_all_families(family):
-    model = tiny_model(family)
-    ids = tokens(2, 17)
-    expected = greedy_by_recomputing(slow_model(model), ids, NEW)
-    assert torch.equal(generate(replace_attention(model, SMALL), ids, DCACache(model.config)), expected)
-
-
-def test_half_precision():
-    model = replace_attention(tiny_model(dtype=torch.bfloat16), SMALL)
-    ids, cache = tokens(2, 17), DCACache(model.config)
-    assert torch.equal(generate(model, ids, cache), generate(model, ids, DynamicCache()))
-    assert cache.layers[0].keys.dtype == torch.bfloat16
-
-
-@pytest.mark.filterwarnings("ignore:1 of 2 layers")
-def test_beside_a_layer_with_a_sliding_window():
-    model = tiny_model("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1)
-    ids = tokens(2, 17)
-    replace_attention(model, SMALL)
-    cache = DCACache(model.config)
-    assert torch.equal(generate(model, ids, cache), generate(model, ids, DynamicCache(config=model.config)))
-    assert [isinstance(layer, DCACacheLayer) for layer in cache.layers] == [True, False]
-
-
-@pytest.mark.parametrize("chunk", [1, 4, 50])
-def test_prefill_chunks(dca, slow, chunk):
-    ids = tokens(2, 20)
-    actual = generate(dca, ids, DCACache(dca.config), prefill_chunk_size=chunk)
-    assert torch.equal(actual, greedy_by_recomputing(slow, ids, NEW))
-
-
-def test_left_padded_batch(dca, slow):
-    lengths = (19, 11, 2)
-    ids, mask = torch.zeros(3, 19, dtype=torch.long), torch.zeros(3, 19, dtype=torch.long)
-    for b, length in enumerate(lengths):
-        ids[b, 19 - length :] = tokens(length, seed=b)
-        mask[b, 19 - length :] = 1
-    actual = generate(dca, ids, DCACache(dca.config), attention_mask=mask)
-    for b, length in enumerate(lengths):
-        expected = greedy_by_recomputing(slow, ids[b : b + 1, 19 - length :], NEW)
-        assert torch.equal(actual[b : b + 1, 19 - length :], expected)
-
-
-@pytest.mark.parametrize("dtype", [None, *EIGHT_BITS])
-def test_beam_search(dca, slow, dtype):
-    ids = tokens(2, 17)
-    options = {"num_beams": 3, "num_return_sequences": 2}
-    actual = generate(dca, ids, DCACache(dca.config, dtype=dtype), **options)
-    if dtype is None:
-        assert torch.equal(actual, generate(slow, ids, None, **options))
-    # The beams do part, so that the cache is reordered.
-    assert not torch.equal(actual[0], actual[1])
-
-
-def test_assisted_generation_crops_rejected_drafts(dca, slow):
-    ids, cache = tokens(1, 17), DCACache(dca.config)
-    actual = generate(dca, ids, cache, assistant_model=tiny_model(seed=9))
-    assert torch.equal(actual, greedy_by_recomputing(slow, ids, NEW))
-
-
-def test_turns_share_a_cache(dca, slow):
-    cache, ids = DCACache(dca.config), tokens(1, 8)
-    for turn in range(3):
-        actual = generate(dca, ids, cache, max_new_tokens=5)
-        assert torch.equal(actual, greedy_by_recomputing(slow, ids, 5))
-        ids = torch.cat((actual, tokens(1, 7, seed=turn)), dim=1)
-    assert cache.get_seq_length() == 8 + 5 + 7 + 5 + 7 + 4
+# --- Sequences and tokens come and go ---------------------------------------------------------------------------------
 
 
 def test_a_copy_goes_its_own_way(dca, slow):
@@ -270,6 +192,14 @@ def test_an_emptied_cache_takes_another_batch(dca, slow):
     cache.reset()
     ids = tokens(2, 9)
     assert torch.equal(generate(dca, ids, cache), greedy_by_recomputing(slow, ids, NEW))
+
+
+def test_a_layer_with_a_sliding_window_has_what_it_has_elsewhere():
+    model = replace_attention(
+        tiny_model("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1), SMALL
+    )
+    kinds = [type(layer) for layer in DCACache(model.config).layers]
+    assert kinds == [DCACacheLayer, DynamicSlidingWindowLayer]
 
 
 # --- Refusals --------------------------------------------------------------------------------------------------------

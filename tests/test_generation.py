@@ -20,9 +20,13 @@ from tiny_models import (
 )
 from transformers import DynamicCache, StaticCache
 
+from dca_ext import DCACache
 from dca_ext.patch import replace_attention
 
 NEW = 12
+
+#: Kinds of cache: what transformers calls cache_implementation, and "dca" for a `DCACache`.
+CACHES = ["dynamic", "static", "dca"]
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +46,14 @@ def slow(plain):
 
 def generate(model, ids, **kwargs):
     kwargs = {"max_new_tokens": NEW, "do_sample": False, "attention_mask": torch.ones_like(ids), **kwargs}
+    if kwargs.get("cache_implementation") == "dca":
+        del kwargs["cache_implementation"]
+        kwargs[CACHE_ARGUMENT] = DCACache(model.config)
     return model.generate(ids, **kwargs)
 
 
 @pytest.mark.parametrize("length", [1, 5, 6, 7, 12, 29])
-@pytest.mark.parametrize("cache", ["dynamic", "static", None])
+@pytest.mark.parametrize("cache", [*CACHES, None])
 def test_greedy(dca, slow, length, cache):
     ids = tokens(2, length)
     kwargs = {"use_cache": False} if cache is None else {"cache_implementation": cache}
@@ -59,11 +66,11 @@ def test_greedy_in_all_families(family):
     ids = tokens(2, 17)
     expected = greedy_by_recomputing(slow_model(model), ids, NEW)
     replace_attention(model, SMALL)
-    for cache in ("dynamic", "static"):
+    for cache in CACHES:
         assert torch.equal(generate(model, ids, cache_implementation=cache), expected)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.filterwarnings("ignore:1 of 2 layers")
 def test_greedy_beside_a_layer_with_a_sliding_window(cache):
     model = tiny_model("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1)
@@ -75,7 +82,7 @@ def test_greedy_beside_a_layer_with_a_sliding_window(cache):
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 6, 7, 50])
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", CACHES)
 def test_prefill_chunks(dca, slow, chunk, cache):
     ids = tokens(2, 20)
     actual = generate(dca, ids, prefill_chunk_size=chunk, cache_implementation=cache)
@@ -88,6 +95,7 @@ def test_prefill_chunks(dca, slow, chunk, cache):
     [
         {"cache_implementation": "dynamic"},
         {"cache_implementation": "static"},
+        {"cache_implementation": "dca"},
         {"use_cache": False},
         {"cache_implementation": "dynamic", "prefill_chunk_size": 4},
         {"cache_implementation": "static", "prefill_chunk_size": 1},
@@ -109,7 +117,7 @@ def test_left_padded_batches(dca, slow, kwargs, implementation):
         assert torch.equal(actual[b : b + 1, 19 - length :], expected)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", CACHES)
 def test_sampling(dca, slow, cache):
     """The same seed draws the same tokens; logits differ by rounding only."""
     ids = tokens(2, 17)
@@ -122,7 +130,7 @@ def test_sampling(dca, slow, cache):
     assert not torch.equal(generate(dca, ids, do_sample=True, temperature=0.8, top_p=0.9), results[0])
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", CACHES)
 def test_beam_search(dca, slow, cache):
     ids = tokens(2, 17)
     expected = generate(slow, ids, num_beams=3, num_return_sequences=2, use_cache=False)
@@ -140,12 +148,13 @@ def test_beam_search_over_a_left_padded_batch(dca, slow):
         assert torch.equal(actual[b : b + 1, begin:], expected)
 
 
+@pytest.mark.parametrize("cache", [None, "dca"])
 @pytest.mark.parametrize("assistant", ["same", "other", "with DCA"])
-def test_assisted_generation(plain, dca, slow, assistant):
+def test_assisted_generation(plain, dca, slow, assistant, cache):
     """Rejected drafts are cropped from the cache; accepted ones are verified several tokens at a time."""
     ids = tokens(1, 17)
     model = {"same": plain, "other": tiny_model(seed=9), "with DCA": copy.deepcopy(dca)}[assistant]
-    actual = generate(dca, ids, assistant_model=copy.deepcopy(model))
+    actual = generate(dca, ids, assistant_model=copy.deepcopy(model), cache_implementation=cache)
     assert torch.equal(actual, greedy_by_recomputing(slow, ids, NEW))
 
 
@@ -156,9 +165,9 @@ def test_prompt_lookup(dca, slow):
     assert torch.equal(actual, greedy_by_recomputing(slow, ids, NEW))
 
 
-@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache, DCACache])
 def test_turns_share_a_cache(dca, slow, cache_class):
-    cache = DynamicCache() if cache_class is DynamicCache else StaticCache(config=dca.config, max_cache_len=80)
+    cache = cache_class(config=dca.config, **({"max_cache_len": 80} if cache_class is StaticCache else {}))
     ids = tokens(1, 8)
     for turn in range(3):
         actual = generate(dca, ids, **{CACHE_ARGUMENT: cache}, max_new_tokens=5)
@@ -182,7 +191,8 @@ def test_half_precision_generates_the_same_with_every_cache():
     ids = tokens(2, 17)
     expected = generate(model, ids, cache_implementation="dynamic")
     assert expected.shape == (2, 17 + NEW)
-    assert torch.equal(generate(model, ids, cache_implementation="static"), expected)
+    for cache in CACHES:
+        assert torch.equal(generate(model, ids, cache_implementation=cache), expected)
 
 
 def test_no_quadratic_mask_is_built(dca, monkeypatch):
@@ -198,7 +208,7 @@ def test_no_quadratic_mask_is_built(dca, monkeypatch):
     assert seen == [None] * len(seen)
     mask = torch.ones_like(ids)
     mask[1, :8] = 0
-    for cache in ("dynamic", "static"):
+    for cache in CACHES:
         seen.clear()
         generate(dca, ids, attention_mask=mask, prefill_chunk_size=5, cache_implementation=cache)
         assert len(seen) == 4 + NEW - 1
