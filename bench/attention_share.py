@@ -17,13 +17,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
-from benchmark_results import Row, commit, format_table, output_file, write_json
+from benchmark_results import Row, commit_and_date, format_table, output_file, write_json
 from cpu_timing import cpu_facts
 from rich.console import Console
 from samples import quantile
@@ -178,8 +177,7 @@ def show(args: argparse.Namespace, name: str, rows: Sequence[Row]) -> None:
         return
     facts = {
         **cpu_facts(),
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **commit_and_date(),
         "model": name,
         "tokens": args.tokens,
         "dtype": args.dtype,

@@ -46,7 +46,7 @@ from attention_cases import (
     rotation_pass,
 )
 from attention_report import OURS, case_name, save_plot, tables
-from benchmark_results import ROOT, Row, command_line, commit, write_json
+from benchmark_results import ROOT, Row, command_line, commit_and_date, write_json
 from composed_attention import exact_attend
 from cuda_timing import (
     GIB,
@@ -260,8 +260,7 @@ class Run:
             **device_facts(),
             "dca_ext": dca_ext.__version__,
             "build": dca_ext.build_info(),
-            "commit": commit(),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **commit_and_date(),
             "command": command_line(sys.argv),
             "copy_bytes_per_s": bandwidth,
             "copied_bytes": copied,

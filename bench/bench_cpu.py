@@ -27,12 +27,11 @@ import argparse
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_results import Row, command_line, commit, output_file, write_json
+from benchmark_results import Row, command_line, commit_and_date, output_file, write_json
 from cpu_cases import KINDS, SHAPES, Case
 from cpu_contenders import CONTENDERS
 from cpu_plot import plot_file, save_plot
@@ -140,8 +139,7 @@ class Results:
         self.memory: list[Row] = []
         self.facts = {
             **cpu_facts(),
-            "commit": commit(),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **commit_and_date(),
             "command": command_line(sys.argv),
             "pairs": args.pairs,
             "budget_s": args.budget,

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,8 @@ def commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def commit_and_date() -> dict[str, str | None]:
+    """What every file of results says of itself: ``commit``, and ``date`` in UTC."""
+    return {"commit": commit(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}

@@ -15,12 +15,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
 import torch
-from benchmark_results import Row, commit, format_table, output_file, write_json
+from benchmark_results import Row, commit_and_date, format_table, output_file, write_json
 from cpu_timing import cpu_facts
 from rich.console import Console
 from samples import quantile
@@ -200,8 +199,7 @@ def show(args: argparse.Namespace, name: str, rows: Sequence[Row]) -> None:
     facts = {
         **cpu_facts(),
         "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu",
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **commit_and_date(),
         "model": name,
         "tokens": args.tokens,
         "dtype": args.dtype,
