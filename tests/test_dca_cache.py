@@ -195,9 +195,7 @@ def test_an_emptied_cache_takes_another_batch(dca, slow):
 
 
 def test_a_layer_with_a_sliding_window_has_what_it_has_elsewhere():
-    model = replace_attention(
-        tiny_model("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1), SMALL
-    )
+    model = tiny_model("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1)
     kinds = [type(layer) for layer in DCACache(model.config).layers]
     assert kinds == [DCACacheLayer, DynamicSlidingWindowLayer]
 
