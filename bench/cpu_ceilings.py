@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from cpu_cases import Case, Contender, Inputs, Prepared
 from cpu_timing import seconds_of
 from torch import Tensor
 
+from dca_ext import build_info
+
 KEYS_PER_BLOCK = 128
 
 
-def positions_per_tile(group: int, head_dim: int) -> int:
+class TaskLimits(NamedTuple):
+    """What sizes a query tile: PackedProducts::task_elements and strip_rows of csrc/cpu."""
+
+    elements: int
+    strip_rows: int
+
+
+VECTORS = TaskLimits(32768, 24)
+AMX_TILES = TaskLimits(131072, 32)
+
+
+def positions_per_tile(group: int, head_dim: int, limits: TaskLimits = VECTORS) -> int:
     """Positions of a query tile, which holds the rows of all `group` heads: cpu_tile_shape of
     csrc/dispatch/heuristics.h."""
-    rows = max(1, 32768 // max(1, head_dim))
-    positions = min(max(rows // max(1, group), 8), 240)
-    return positions // 24 * 24 if positions >= 24 else positions
+    rows = max(1, limits.elements // max(1, head_dim))
+    positions = min(max(rows // max(1, group), 8), 10 * limits.strip_rows)
+    return positions // limits.strip_rows * limits.strip_rows if positions >= limits.strip_rows else positions
+
+
+def rows_per_tile(case: Case) -> int:
+    """Rows of the query tiles that the kernel in use would have."""
+    amx = case.dtype == "bfloat16" and build_info()["cpu_isa"] == "amx_bf16"
+    return positions_per_tile(case.group, case.head_dim, AMX_TILES if amx else VECTORS) * case.group
 
 
 # --- Decode: reading the buffers --------------------------------------------------------------------------------------
@@ -51,7 +71,7 @@ def read_of_kv(x: Inputs) -> Prepared:
 
 def block_products(case: Case, tiles: int, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
     """S = Q K^T and O += P V for as many query tiles at once, each with one block of keys; and the FLOP of that."""
-    rows = positions_per_tile(case.group, case.head_dim) * case.group
+    rows = rows_per_tile(case)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(tiles, *shape).to(dtype)
@@ -86,7 +106,7 @@ def products_of_blocks(x: Inputs, at_least_s: float = 0.05) -> Prepared:
         for _ in range(repeats):
             call()
 
-    rows = positions_per_tile(case.group, case.head_dim) * case.group
+    rows = rows_per_tile(case)
     note = f"{dtype_name}, {tiles} tiles of {rows} rows and {KEYS_PER_BLOCK} keys at a time"
     return Prepared(repeated, work=repeats * flop, note=note)
 

@@ -70,10 +70,25 @@ def test_pairs_within_a_budget() -> None:
     assert cpu_timing.pairs_within(100.0, 1e-6, 9) == 99
 
 
+def test_task_limits_are_those_of_the_kernels() -> None:
+    for limits, source, prefix in [
+        (cpu_ceilings.VECTORS, "simd_packed.inc", ""),
+        (cpu_ceilings.AMX_TILES, "simd_tiles.inc", "Tile"),
+    ]:
+        text = (ROOT / "csrc" / "cpu" / source).read_text()
+        assert f"k{prefix}TaskElements = {limits.elements};" in text
+        assert f"k{prefix}Strip{'' if prefix else 'Rows'} = {limits.strip_rows};" in text
+
+
 def test_block_shapes_are_those_of_the_kernel(tmp_path: Path) -> None:
     require_cmake_and_compiler()
     shapes = [(group, head_dim) for group in (1, 2, 3, 4, 8, 40) for head_dim in (64, 80, 128, 256)]
-    calls = "\n".join(f"  print(dca::cpu_tile_shape({group}, {head_dim}));" for group, head_dim in shapes)
+    limits = [cpu_ceilings.VECTORS, cpu_ceilings.AMX_TILES]
+    shapes = [(*shape, limit) for shape in shapes for limit in limits]
+    calls = "\n".join(
+        f"  print(dca::cpu_tile_shape({group}, {head_dim}, {limit.elements}, {limit.strip_rows}));"
+        for group, head_dim, limit in shapes
+    )
     (tmp_path / "shapes.cpp").write_text(
         '#include <cstdio>\n#include "dispatch/heuristics.h"\n'
         'void print(dca::CpuTileShape s) { std::printf("%d\\n", s.block_m); }\n'

@@ -66,9 +66,10 @@ class Scratch {
   Scratch(const AttentionParams& p, const MicroKernels& mk, const Plan& plan)
       : dim_(round_up(p.head_dim, mk.lanes)),
         panels_dim_(round_up(p.head_dim, mk.panel)),
+        blocks_(packed_products(p, mk).blocks),
         packed_rows_(round_up<int64_t>(plan.max_packed_rows, packed_products(p, mk).group_rows)),
         rows_(std::max(packed_rows_, plan.max_unpacked_rows)) {
-    const int64_t tile = packed_rows_ > 0 ? TileBuffers::count(packed_rows_, panels_dim_) : 0;
+    const int64_t tile = packed_rows_ > 0 ? TileBuffers::count(packed_rows_, panels_dim_, blocks_) : 0;
     buffers_ = round_up<int64_t>(std::max(tile, RowBuffers::count(plan.max_unpacked_rows, dim_)), 16);
     per_worker_ = buffers_ + round_up<int64_t>(rows_ * (dim_ + 2), 16);
   }
@@ -83,7 +84,7 @@ class Scratch {
     float* const row_max = o + rows_ * dim_;
     return {o, dim_, row_max, row_max + rows_};
   }
-  TileBuffers tile_buffers(int32_t worker) const { return {packed_rows_, panels_dim_, buffers(worker)}; }
+  TileBuffers tile_buffers(int32_t worker) const { return {packed_rows_, panels_dim_, blocks_, buffers(worker)}; }
   RowBuffers row_buffers(int32_t worker, int32_t rows) const { return {rows, dim_, buffers(worker)}; }
 
  private:
@@ -91,6 +92,7 @@ class Scratch {
 
   int64_t dim_;
   int64_t panels_dim_;
+  int64_t blocks_;
   int64_t packed_rows_;
   int64_t rows_;
   int64_t buffers_;
@@ -190,7 +192,7 @@ void run_task(const AttentionParams& p, const MicroKernels& mk, const Task& task
 
 Status attention(const AttentionParams& p) {
   const MicroKernels& mk = *micro_kernels();
-  const Plan plan = make_plan(p, mk.lanes);
+  const Plan plan = make_plan(p, mk);
   const Output output(p);
 
   Buffer owned;
@@ -231,13 +233,13 @@ Status attention(const AttentionParams& p) {
 }
 
 size_t attention_workspace_bytes(const AttentionParams& p) {
-  return static_cast<size_t>(Workspace::count(p, choose_num_splits(p, micro_kernels()->lanes))) * sizeof(float);
+  return static_cast<size_t>(Workspace::count(p, choose_num_splits(p, *micro_kernels()))) * sizeof(float);
 }
 
 std::string describe_attention(const AttentionParams& p) {
   const MicroKernels& mk = *micro_kernels();
   const int32_t group = p.num_heads / p.num_heads_kv;
-  const int32_t block_m = cpu_tile_shape(group, p.head_dim).block_m;
+  const int32_t block_m = tile_shape(p, mk).block_m;
   const int32_t rows = group * std::min({block_m, p.seqlen_q, p.chunk.chunk_len});
   return std::string("cpu/") + mk.isa + (packs_keys(rows, p.head_dim, mk.lanes) ? "/tile" : "/rows");
 }

@@ -13,7 +13,8 @@ namespace dca::cpu {
 inline constexpr int32_t kBlockKeys = 128;  ///< keys that a tile packs at a time; the row stride of its logits
 inline constexpr int32_t kPanelGap = 16;    ///< words between panels of values
 inline constexpr int32_t kMaxGroupRows = 16;
-inline constexpr int32_t kMaxStripRows = 64;
+inline constexpr int32_t kMaxStripRows = 32;
+inline constexpr int32_t kMaxBlocks = 8;
 
 /// Rows of one attention head in a cache: row r at data + r * stride elements, head_dim contiguous elements each. In an
 /// Int8 cache they stand for themselves times scales[r * scale_stride]; the micro-kernels take them without it.
@@ -56,7 +57,27 @@ struct BlockRows {
   DType dtype = DType::Float32;
 };
 
-/// The two products of a query tile with a block of keys and values, on packed operands (simd_packed.inc).
+/// Rows of the online softmax, in base 2: how many logits of a block they see, and what they keep of those before. All of
+/// them are multiplied by one factor, which row_max is without.
+struct SoftmaxRows {
+  int32_t m;
+  const int32_t* counts;  ///< (m)
+  float* row_max;         ///< (m)
+  float* row_sum;         ///< (m)
+  float* o;               ///< (m, dim), rows ldo floats apart
+  int64_t ldo;
+  int32_t dim;
+};
+
+/// What the logits and the weights of a block are multiplied by.
+struct BlockFactors {
+  float logits;         ///< the one of SoftmaxRows, positive (or NaN)
+  const float* keys;    ///< (kBlockKeys) also the logits of each key; nullptr: nothing
+  const float* values;  ///< (kBlockKeys) the weights of each key; nullptr: nothing
+};
+
+/// A query tile and a block of keys and values, all packed: its products, and the softmax between them (simd_packed.inc,
+/// simd_tiles.inc).
 ///
 /// Operands are stored in words of 32 bits, each one fp32 number or more numbers of fewer bits; buffers of words have
 /// room for whole groups of rows and for kBlockKeys keys.
@@ -65,6 +86,8 @@ struct PackedProducts {
   int32_t depth_words;  ///< operands end with whole steps of so many words: what is missing is 0
   int32_t group_rows;   ///< rows that a product takes at a time, up to kMaxGroupRows
   int32_t strip_rows;   ///< rows best taken one after the other by each product, whole groups, up to kMaxStripRows
+  int32_t blocks;       ///< blocks best packed at a time, up to kMaxBlocks
+  int32_t task_elements;  ///< of Q, and of O: what the rows of a task best have in all
 
   /// A thread's products lie between these two; either may be nullptr.
   void (*begin)();
@@ -78,14 +101,13 @@ struct PackedProducts {
   /// Returns whether all values are finite.
   bool (*pack_values)(const BlockRows& values, int32_t dim, float* packed);
 
-  /// Rounds a row of n weights, times factors if there are any (kBlockKeys, the last ones behind n finite), in place to
-  /// words.
-  void (*round_weights)(float* p, int32_t n, const float* factors);
+  /// s (m rounded up to groups, n rounded up to a panel; rows of kBlockKeys floats) = queries * keys^T.
+  void (*qk)(const float* queries, int32_t m, const float* keys, int32_t n, int32_t dim, float* s);
 
-  /// s (m rounded up to groups, n rounded up to a panel; rows of kBlockKeys floats) = queries * keys^T, column j times
-  /// factors[j].
-  void (*qk)(const float* queries, int32_t m, const float* keys, int32_t n, int32_t dim, const float* factors,
-             float* s);
+  /// One step of the online softmax, as MicroKernels::softmax_rows. Leaves n weights in each row, in words: those of keys
+  /// that it does not see are 0. Where `trusting` that logits have hardly grown, it may return false, and only s has
+  /// changed: it is to be computed again, and looked at.
+  bool (*softmax)(float* s, const SoftmaxRows& rows, int32_t n, const BlockFactors& factors, bool trusting);
 
   /// o (m rounded up to groups, dim rounded up to lanes) += weights (rows of kBlockKeys words) * values (n, dim).
   void (*pv)(const float* p, int32_t m, const float* values, int32_t n, int32_t dim, float* o, int64_t ldo);
@@ -112,11 +134,9 @@ struct MicroKernels {
   /// Turns the first 2 * half channels of `row` by one row of the rotary tables.
   void (*rotate_row)(float* row, const float* cos, const float* sin, int32_t half, bool interleaved);
 
-  /// One step of the online softmax in base 2 on m rows of logits, row r with counts[r] of them: updates the running
-  /// maxima and sums, rescales the rows of o (m, dim) whose maximum grew, and turns logits into weights. Rows of s have
-  /// room up to a multiple of lanes.
-  void (*softmax_rows)(float* s, int64_t lds, int32_t m, const int32_t* counts, float* row_max, float* row_sum,
-                       float* o, int64_t ldo, int32_t dim);
+  /// One step of the online softmax on rows of s, kBlockKeys floats apart, whose factor is positive (or NaN): updates
+  /// maxima and sums, rescales the rows of o whose maximum grew, and turns logits into weights.
+  void (*softmax_rows)(float* s, const SoftmaxRows& rows, float factor);
 
   /// The largest count of RunRows. So few rows at a distance of 4 KiB share the ways of one set of a small L1 cache.
   int32_t (*run_keys)(DType cached);

@@ -21,15 +21,15 @@ int32_t kv_heads_per_task(const AttentionParams& p, int64_t rows, bool packed) {
 
 // Calls visit(task) for every task, its split and window not yet set.
 template <class Visit>
-void for_each_tile(const AttentionParams& p, int32_t lanes, Visit&& visit) {
+void for_each_tile(const AttentionParams& p, const MicroKernels& mk, Visit&& visit) {
   const int32_t group = p.num_heads / p.num_heads_kv;
-  const int32_t block_m = cpu_tile_shape(group, p.head_dim).block_m;
+  const int32_t block_m = tile_shape(p, mk).block_m;
   for (int32_t b = 0; b < p.batch; ++b) {
     const SeqlenInfo info = SeqlenInfo::of(p, b);
     for (int32_t begin = info.position(info.first_row); begin < info.kv_len;) {
       const int32_t end = p.chunk.tile_end(begin, block_m, info.kv_len);
       const int64_t rows = static_cast<int64_t>(group) * (end - begin);
-      const bool packed = packs_keys(rows, p.head_dim, lanes);
+      const bool packed = packs_keys(rows, p.head_dim, mk.lanes);
       const int32_t heads = kv_heads_per_task(p, rows, packed);
       for (int32_t head = 0; head < p.num_heads_kv; head += heads) {
         visit(Task{b, head, std::min(head + heads, p.num_heads_kv), begin, end, 0, {0, end}, packed});
@@ -45,29 +45,38 @@ int64_t num_pairs(const Task& task) {
 
 }  // namespace
 
+const PackedProducts& packed_products(const AttentionParams& p, const MicroKernels& mk) {
+  return p.dtype == DType::BFloat16 && mk.bfloat16 != nullptr ? *mk.bfloat16 : mk.fp32;
+}
+
+CpuTileShape tile_shape(const AttentionParams& p, const MicroKernels& mk) {
+  const PackedProducts& products = packed_products(p, mk);
+  return cpu_tile_shape(p.num_heads / p.num_heads_kv, p.head_dim, products.task_elements, products.strip_rows);
+}
+
 bool packs_keys(int64_t rows, int32_t head_dim, int32_t lanes) {
   // Keys as rows are read in whole vectors, which must not pass the end of a row.
   return rows >= kCpuMinPackedRows || head_dim % lanes != 0;
 }
 
-int32_t choose_num_splits(const AttentionParams& p, int32_t lanes) {
+int32_t choose_num_splits(const AttentionParams& p, const MicroKernels& mk) {
   if (p.num_splits > 0) return p.num_splits;
   int64_t num_tasks = 0;
   int32_t longest = 0;
-  for_each_tile(p, lanes, [&](const Task& task) {
+  for_each_tile(p, mk, [&](const Task& task) {
     ++num_tasks;
     longest = std::max(longest, task.q_end);
   });
   return cpu_num_splits(num_tasks, threading_of(p.exec).num_threads, longest);
 }
 
-Plan make_plan(const AttentionParams& p, int32_t lanes) {
+Plan make_plan(const AttentionParams& p, const MicroKernels& mk) {
   const int32_t group = p.num_heads / p.num_heads_kv;
   Plan plan;
-  plan.block_m = cpu_tile_shape(group, p.head_dim).block_m;
-  plan.num_splits = choose_num_splits(p, lanes);
+  plan.block_m = tile_shape(p, mk).block_m;
+  plan.num_splits = choose_num_splits(p, mk);
   int64_t pairs = 0;
-  for_each_tile(p, lanes, [&](Task task) {
+  for_each_tile(p, mk, [&](Task task) {
     const int64_t rows = static_cast<int64_t>(group) * task.num_kv_heads() * task.num_positions();
     int64_t& largest = task.packed ? plan.max_packed_rows : plan.max_unpacked_rows;
     largest = std::max(largest, rows);

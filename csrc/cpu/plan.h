@@ -5,6 +5,8 @@
 #include <vector>
 
 #include "dca/params.h"
+#include "heuristics.h"
+#include "micro_kernels.h"
 
 namespace dca::cpu {
 
@@ -35,11 +37,16 @@ struct Plan {
   int64_t max_unpacked_rows = 0;
 };
 
-/// `lanes`: of the micro-kernels' vectors.
-Plan make_plan(const AttentionParams& p, int32_t lanes);
+Plan make_plan(const AttentionParams& p, const MicroKernels& mk);
 
 /// The number of splits that make_plan would choose.
-int32_t choose_num_splits(const AttentionParams& p, int32_t lanes);
+int32_t choose_num_splits(const AttentionParams& p, const MicroKernels& mk);
+
+/// The products of a task's tiles: those of bfloat16 where queries are and the machine can, else fp32. Factors on the
+/// logits come after the product, so that Q is rounded as the model would round it, and 8-bit numbers stay as they are.
+const PackedProducts& packed_products(const AttentionParams& p, const MicroKernels& mk);
+
+CpuTileShape tile_shape(const AttentionParams& p, const MicroKernels& mk);
 
 /// Whether a tile of so many rows packs its keys.
 bool packs_keys(int64_t rows, int32_t head_dim, int32_t lanes);

@@ -12,7 +12,7 @@
 
 namespace dca::cpu {
 
-/// Rows in the order (KV head, query head of its group, position).
+/// Rows in the order (KV head, position, query head of the group): so they lie in memory where heads are inside.
 class QueryRows {
  public:
   QueryRows(const AttentionParams& p, const MicroKernels& mk, const SeqlenInfo& info, const Task& task)
@@ -26,29 +26,38 @@ class QueryRows {
   int32_t per_kv_head() const { return group_ * task_.num_positions(); }
   int32_t count() const { return per_kv_head() * task_.num_kv_heads(); }
   int32_t kv_head(int32_t row) const { return task_.kv_head_begin + row / per_kv_head(); }
-  int32_t head(int32_t row) const { return task_.kv_head_begin * group_ + row / task_.num_positions(); }
-  int32_t position(int32_t row) const { return task_.q_begin + row % task_.num_positions(); }
+  int32_t head(int32_t row) const { return kv_head(row) * group_ + row % group_; }
+  int32_t position(int32_t row) const { return task_.q_begin + row % per_kv_head() / group_; }
 
   /// All factors on the logits of a row, and log2(e).
   float logit_factor(int32_t row) const { return logit_scale_ * head_scale(p_, p_.k_scale, kv_head(row)); }
 
+  /// Asks for a row that is loaded later; any number will do.
+  __attribute__((always_inline)) void prefetch(int32_t row) const {
+    if (row >= count()) return;
+    const HeadRows q = source(row);
+    const char* const data = static_cast<const char*>(q.data);
+    for (int64_t i = 0; i < p_.head_dim * static_cast<int64_t>(element_size(p_.dtype)); i += 64) __builtin_prefetch(data + i);
+  }
+
   /// out (dim) = the row rotated for `segment`, zeros behind head_dim.
   void load(int32_t row, Segment segment, int64_t dim, float* out) const {
-    const int32_t at = position(row);
-    const int64_t b = p_.cu_seqlens_q != nullptr ? 0 : task_.b;
-    const HeadRows q = head_rows(p_.q.data, p_.dtype, p_.q.stride, b, info_.q_row + info_.row(at), head(row));
-    const int64_t entry = static_cast<int64_t>(p_.chunk.query_position(at, segment)) * p_.rotary.half_dim;
+    const HeadRows q = source(row);
+    const int64_t entry = static_cast<int64_t>(p_.chunk.query_position(position(row), segment)) * p_.rotary.half_dim;
     mk_.load_row(q.data, p_.dtype, p_.head_dim, out);
     std::fill(out + p_.head_dim, out + dim, 0.0f);
     mk_.rotate_row(out, p_.rotary.cos + entry, p_.rotary.sin + entry, p_.rotary.half_dim, p_.rotary.interleaved);
   }
 
-  /// How many of the keys [begin, begin + n) a row sees.
-  int32_t visible(int32_t row, int32_t begin, int32_t n, bool masked) const {
-    return masked ? std::clamp(position(row) - begin + 1, 0, n) : n;
-  }
+  /// How many of the keys [begin, begin + n) of the intra segment a row sees.
+  int32_t visible(int32_t row, int32_t begin, int32_t n) const { return std::clamp(position(row) - begin + 1, 0, n); }
 
  private:
+  HeadRows source(int32_t row) const {
+    const int64_t b = p_.cu_seqlens_q != nullptr ? 0 : task_.b;
+    return head_rows(p_.q.data, p_.dtype, p_.q.stride, b, info_.q_row + info_.row(position(row)), head(row));
+  }
+
   static constexpr float kLog2E = 1.44269504f;
 
   const AttentionParams& p_;
@@ -67,6 +76,11 @@ struct RunningRows {
   float* row_sum;  ///< (rows)
 
   float* row(int64_t r) const { return o + r * dim; }
+
+  /// The m rows from `first` on, of which row r sees counts[r] keys of a block.
+  SoftmaxRows softmax_rows(int32_t first, int32_t m, const int32_t* counts) const {
+    return {m, counts, row_max + first, row_sum + first, row(first), dim, static_cast<int32_t>(dim)};
+  }
 
   void clear(int64_t rows) const {
     std::fill_n(o, rows * dim, 0.0f);

@@ -100,9 +100,8 @@ class RowWalk {
     for (int32_t i = 0; i < now_->count; ++i) {
       multiply_keys(now_->run[i], rows_of(c_.keys, *now_, i, c_.values, *now_));
     }
-    for (int32_t row = 0; row < c_.rows.count(); ++row) w_.seen[row] = c_.rows.visible(row, begin, n, masked);
-    c_.mk.softmax_rows(w_.logits, kBlockKeys, c_.rows.count(), w_.seen, c_.state.row_max, c_.state.row_sum, c_.state.o,
-                       c_.state.dim, dim_);
+    for (int32_t row = 0; row < c_.rows.count(); ++row) w_.seen[row] = masked ? c_.rows.visible(row, begin, n) : n;
+    c_.mk.softmax_rows(w_.logits, c_.state.softmax_rows(0, c_.rows.count(), w_.seen), 1.0f);
     const int32_t seen_by_all = *std::min_element(w_.seen, w_.seen + c_.rows.count());
     for (int32_t i = 0; i < now_->count; ++i) {
       const RowRun& run = now_->run[i];

@@ -10,27 +10,26 @@
 
 namespace dca::cpu {
 
-/// The products of a task's tiles: those of bfloat16 where queries are and the machine can, else fp32. Factors on the
-/// logits come after the product, so that Q is rounded as the model would round it, and 8-bit numbers stay as they are.
-inline const PackedProducts& packed_products(const AttentionParams& p, const MicroKernels& mk) {
-  return p.dtype == DType::BFloat16 && mk.bfloat16 != nullptr ? *mk.bfloat16 : mk.fp32;
-}
-
-/// Buffers of one worker. `dim` is head_dim rounded up to whole panels, `rows` a multiple of a group.
+/// Buffers of one worker. `dim` is head_dim rounded up to whole panels, `rows` a multiple of a group, `blocks` those
+/// that are packed at a time.
 struct TileBuffers {
   float* queries;  ///< (rows, dim) packed
-  float* keys;     ///< (kBlockKeys, dim) packed
-  float* values;   ///< (kBlockKeys, dim) packed, kPanelGap between panels
+  float* keys;     ///< (blocks, kBlockKeys, dim) packed
+  float* values;   ///< (blocks, kBlockKeys, dim) packed, kPanelGap between panels
   float* logits;   ///< (kMaxStripRows, kBlockKeys)
   float* staged;   ///< (kMaxGroupRows, dim)
+  int64_t dim;
 
-  static int64_t count(int64_t rows, int64_t dim) {
-    return rows * dim + kBlockKeys * (2 * dim + kMaxStripRows) + dim * kPanelGap + kMaxGroupRows * dim;
+  static int64_t block_keys(int64_t dim) { return kBlockKeys * dim; }
+  static int64_t block_values(int64_t dim) { return (kBlockKeys + kPanelGap) * dim; }
+
+  static int64_t count(int64_t rows, int64_t dim, int64_t blocks) {
+    return (rows + kMaxGroupRows) * dim + blocks * (block_keys(dim) + block_values(dim)) + kMaxStripRows * kBlockKeys;
   }
-  TileBuffers(int64_t rows, int64_t dim, float* memory) {
+  TileBuffers(int64_t rows, int64_t padded_dim, int64_t blocks, float* memory) : dim(padded_dim) {
     keys = memory;
-    values = keys + kBlockKeys * dim;
-    logits = values + (kBlockKeys + kPanelGap) * dim;
+    values = keys + blocks * block_keys(dim);
+    logits = values + blocks * block_values(dim);
     queries = logits + kMaxStripRows * kBlockKeys;
     staged = queries + rows * dim;
   }
@@ -67,15 +66,27 @@ class TileWalk {
     for (SegmentIterator it(c_.p.chunk, c_.task.q_begin, c_.task.q_end, c_.p.segments, c_.task.window); !it.done();
          it.next()) {
       load_queries(it.segment());
-      const KeyRange keys = it.keys();
-      for (int32_t begin = keys.begin; begin < keys.end; begin += kBlockKeys) {
-        const int32_t n = std::min(kBlockKeys, keys.end - begin);
-        block(begin, n, it.needs_mask(begin + n));
+      for (int32_t begin = it.keys().begin; begin < it.keys().end; begin += products_.blocks * kBlockKeys) {
+        attend(it, begin, std::min(begin + products_.blocks * kBlockKeys, it.keys().end));
       }
     }
+    for (int32_t row = 0; row < c_.rows.count(); ++row) c_.state.row_max[row] *= softmax_factor();
   }
 
  private:
+  /// Neighbouring keys of one segment and their values, packed.
+  struct Block {
+    const float* keys;
+    const float* values;
+    int32_t begin;
+    int32_t count;
+    bool masked;  ///< some rows do not see all of them
+    bool finite;  ///< all values are
+    bool scaled;  ///< by the scales of an Int8 cache's rows
+    float key_scales[kBlockKeys];
+    float value_scales[kBlockKeys];
+  };
+
   static int32_t words_of_query(const PackedProducts& products, int32_t head_dim) {
     const int32_t words = (head_dim + products.numbers_per_word - 1) / products.numbers_per_word;
     return (words + products.depth_words - 1) / products.depth_words * products.depth_words;
@@ -83,10 +94,19 @@ class TileWalk {
 
   float* queries(int32_t row) const { return w_.queries + static_cast<int64_t>(row) * query_words_; }
 
+  // The softmax wants a positive factor on the logits, so its sign, or that it is 0, goes to the queries.
+  float query_factor() const { return logit_factor_ == 0.0f ? 0.0f : std::copysign(1.0f, logit_factor_); }
+  float softmax_factor() const { return logit_factor_ == 0.0f ? 1.0f : std::abs(logit_factor_); }
+
   void load_queries(Segment segment) {
+    const float factor = query_factor();
     for (int32_t first = 0; first < c_.rows.count(); first += products_.group_rows) {
       const int32_t m = std::min(products_.group_rows, c_.rows.count() - first);
-      for (int32_t r = 0; r < m; ++r) c_.rows.load(first + r, segment, c_.state.dim, w_.staged + r * c_.state.dim);
+      for (int32_t r = 0; r < m; ++r) {
+        c_.rows.prefetch(first + r + products_.group_rows);
+        c_.rows.load(first + r, segment, c_.state.dim, w_.staged + r * c_.state.dim);
+      }
+      for (int64_t i = 0; factor != 1.0f && i < m * c_.state.dim; ++i) w_.staged[i] *= factor;
       products_.pack_queries(w_.staged, c_.state.dim, m, c_.p.head_dim, queries(first));
     }
   }
@@ -105,52 +125,88 @@ class TileWalk {
     return block;
   }
 
-  void block(int32_t begin, int32_t n, bool masked) {
-    const BlockRows keys = rows_of(c_.keys, begin, n);
-    products_.pack_keys(keys, c_.p.head_dim, w_.keys);
-    float logit_factors[kBlockKeys] = {};
-    for (int32_t j = 0; j < n; ++j) logit_factors[j] = logit_factor_ * (has_scales(keys) ? keys.scale[j] : 1.0f);
-    const BlockRows values = rows_of(c_.values, begin, n);
-    bool finite = products_.pack_values(values, c_.p.head_dim, w_.values);
-    for (int32_t j = 0; has_scales(values) && j < n; ++j) finite = finite && std::isfinite(values.scale[j]);
+  // One strip of rows after the other goes through all the keys [begin, end).
+  void attend(const SegmentIterator& it, int32_t begin, int32_t end) {
+    Block blocks[kMaxBlocks];
+    int32_t num_blocks = 0;
+    for (int32_t at = begin; at < end; at += kBlockKeys, ++num_blocks) {
+      const int32_t n = std::min(kBlockKeys, end - at);
+      pack(at, n, it.needs_mask(at + n), num_blocks, blocks[num_blocks]);
+    }
     for (int32_t first = 0; first < c_.rows.count(); first += products_.strip_rows) {
       const int32_t m = std::min(products_.strip_rows, c_.rows.count() - first);
-      int32_t seen[kMaxStripRows];
-      for (int32_t r = 0; r < m; ++r) seen[r] = c_.rows.visible(first + r, begin, n, masked);
-      const int32_t most = *std::max_element(seen, seen + m);
-      if (most == 0) continue;
-      products_.qk(queries(first), m, w_.keys, most, c_.p.head_dim, logit_factors, w_.logits);
-      c_.mk.softmax_rows(w_.logits, kBlockKeys, m, seen, c_.state.row_max + first, c_.state.row_sum + first,
-                         c_.state.row(first), c_.state.dim, static_cast<int32_t>(c_.state.dim));
-      if (masked && !finite) {
-        weigh_seen_values(first, m, seen, values);
-      } else {
-        weigh_packed_values(first, m, seen, most, values);
-      }
+      for (int32_t i = 0; i < num_blocks; ++i) attend(first, m, blocks[i]);
     }
   }
 
-  // The rows of an Int8 cache.
-  static bool has_scales(const BlockRows& rows) { return rows.dtype == DType::Int8; }
+  void pack(int32_t begin, int32_t n, bool masked, int32_t index, Block& block) {
+    float* const packed_keys = w_.keys + index * TileBuffers::block_keys(w_.dim);
+    float* const packed_values = w_.values + index * TileBuffers::block_values(w_.dim);
+    const BlockRows keys = rows_of(c_.keys, begin, n);
+    products_.pack_keys(keys, c_.p.head_dim, packed_keys);
+    const BlockRows values = rows_of(c_.values, begin, n);
+    block.finite = products_.pack_values(values, c_.p.head_dim, packed_values);
+    block.keys = packed_keys;
+    block.values = packed_values;
+    block.begin = begin;
+    block.count = n;
+    block.masked = masked;
+    block.scaled = keys.dtype == DType::Int8;
+    if (!block.scaled) return;
+    std::copy_n(keys.scale, kBlockKeys, block.key_scales);
+    std::copy_n(values.scale, kBlockKeys, block.value_scales);
+    for (int32_t j = 0; j < n; ++j) block.finite = block.finite && std::isfinite(values.scale[j]);
+  }
 
-  // Keys that a row does not see get weight 0.
-  void weigh_packed_values(int32_t first, int32_t m, const int32_t* seen, int32_t most, const BlockRows& values) {
-    for (int32_t r = 0; r < m; ++r) {
-      float* const weights = w_.logits + r * kBlockKeys;
-      std::fill(weights + seen[r], weights + most, 0.0f);
-      products_.round_weights(weights, most, has_scales(values) ? values.scale : nullptr);
+  void attend(int32_t first, int32_t m, const Block& block) {
+    int32_t seen[kMaxStripRows];
+    int32_t most = block.count;
+    if (block.masked) {
+      for (int32_t r = 0; r < m; ++r) seen[r] = c_.rows.visible(first + r, block.begin, block.count);
+      most = *std::max_element(seen, seen + m);
+      if (most == 0) return;
+    } else {
+      std::fill_n(seen, kMaxStripRows, block.count);
     }
-    products_.pv(w_.logits, m, w_.values, most, c_.p.head_dim, c_.state.row(first), c_.state.dim);
+    products_.qk(queries(first), m, block.keys, most, c_.p.head_dim, w_.logits);
+    const SoftmaxRows rows = c_.state.softmax_rows(first, m, seen);
+    if (block.masked && !block.finite) {
+      if (block.scaled) scale_logits(m, most, block.key_scales);
+      c_.mk.softmax_rows(w_.logits, rows, softmax_factor());
+      weigh_seen_values(rows, first, block);
+    } else {
+      const BlockFactors factors{softmax_factor(), block.scaled ? block.key_scales : nullptr,
+                                 block.scaled ? block.value_scales : nullptr};
+      const bool trusting = trusts_maxima(rows, block);
+      if (!products_.softmax(w_.logits, rows, most, factors, trusting)) {
+        products_.qk(queries(first), m, block.keys, most, c_.p.head_dim, w_.logits);
+        products_.softmax(w_.logits, rows, most, factors, false);
+      }
+      products_.pv(w_.logits, m, block.values, most, c_.p.head_dim, rows.o, rows.ldo);
+    }
+  }
+
+  // Every row sees all keys of a whole block, and saw some before.
+  static bool trusts_maxima(const SoftmaxRows& rows, const Block& block) {
+    if (block.masked || block.count < kBlockKeys) return false;
+    return std::all_of(rows.row_max, rows.row_max + rows.m, [](float x) { return x > -INFINITY; });
+  }
+
+  void scale_logits(int32_t m, int32_t n, const float* factors) {
+    for (int32_t r = 0; r < m; ++r) {
+      for (int32_t j = 0; j < n; ++j) w_.logits[r * kBlockKeys + j] *= factors[j];
+    }
   }
 
   // A weight of 0 would not hide a NaN in a value that the row must not see.
-  void weigh_seen_values(int32_t first, int32_t m, const int32_t* seen, const BlockRows& values) {
+  void weigh_seen_values(const SoftmaxRows& rows, int32_t first, const Block& block) {
+    const BlockRows values = rows_of(c_.values, block.begin, block.count);
     for (int32_t j = 0; j < values.count; ++j) {
       float* const value = w_.staged;
       c_.mk.load_row(values.row[j], values.dtype, c_.p.head_dim, value);
-      const float scale = has_scales(values) ? values.scale[j] : 1.0f;
-      for (int32_t r = 0; r < m; ++r) {
-        if (j >= seen[r]) continue;
+      const float scale = block.scaled ? block.value_scales[j] : 1.0f;
+      for (int32_t r = 0; r < rows.m; ++r) {
+        if (j >= rows.counts[r]) continue;
         const float weight = w_.logits[r * kBlockKeys + j] * scale;
         float* const o = c_.state.row(first + r);
         for (int32_t c = 0; c < c_.p.head_dim; ++c) o[c] += weight * value[c];

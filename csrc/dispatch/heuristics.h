@@ -15,21 +15,20 @@ struct CpuTileShape {
 /// read where they lie, as decode has to.
 inline constexpr int32_t kCpuMinPackedRows = 17;
 
-/// Elements of the Q, and of the O, of a task: both in fp32 take at most 256 KiB, half of a small L2 cache.
-inline constexpr int32_t kCpuTaskElements = 32768;
-
-/// The packed keys and values of a block take another 128 KiB at head_dim 128. 24 rows are one strip of the products in
-/// vectors; of AMX's tiles of 16 rows the last may be partly empty.
-constexpr CpuTileShape cpu_tile_shape(int32_t group, int32_t head_dim) {
-  const int32_t rows = std::max(1, kCpuTaskElements / std::max(1, head_dim));
-  const int32_t block_m = std::clamp(rows / std::max(1, group), 8, 240);
-  return {block_m >= 24 ? block_m / 24 * 24 : block_m};
+/// A task whose Q, and whose O, has at most so many elements, and whole strips of rows where it has many.
+constexpr CpuTileShape cpu_tile_shape(int32_t group, int32_t head_dim, int32_t task_elements, int32_t strip_rows) {
+  const int32_t rows = std::max(1, task_elements / std::max(1, head_dim));
+  const int32_t block_m = std::clamp(rows / std::max(1, group), 8, 10 * strip_rows);
+  return {block_m >= strip_rows ? block_m / strip_rows * strip_rows : block_m};
 }
+
+/// Elements of Q, and of O, of a task of few rows: both in fp32 take at most 256 KiB, half of a small L2 cache.
+inline constexpr int32_t kCpuFewRowsElements = 32768;
 
 /// KV heads that share a task of few rows: as many as Q and O have room for, evenly.
 constexpr int32_t cpu_heads_per_task(int32_t num_heads_kv, int32_t rows_per_head, int32_t head_dim) {
   const int64_t elements = static_cast<int64_t>(std::max(1, rows_per_head)) * std::max(1, head_dim);
-  const int32_t most = static_cast<int32_t>(std::max<int64_t>(1, kCpuTaskElements / elements));
+  const int32_t most = static_cast<int32_t>(std::max<int64_t>(1, kCpuFewRowsElements / elements));
   const int32_t tasks = (num_heads_kv + most - 1) / most;
   return (num_heads_kv + tasks - 1) / tasks;
 }

@@ -168,7 +168,7 @@ bool execute(const Instruction& i) {
     registers.configured = false;
   } else if (operation == 0x493) {  // tilezero
     registers.tile(i.reg()) = {};
-  } else if (operation == 0x4b3) {  // tileloadd
+  } else if (operation == 0x4b3 || operation == 0x4b1) {  // tileloadd, tileloaddt1
     Tile& tile = registers.tile(i.reg());
     for (int r = 0; r < registers.rows[i.reg()]; ++r) {
       std::memcpy(tile.bytes[r], i.address() + r * i.stride(), static_cast<size_t>(registers.row_bytes[i.reg()]));

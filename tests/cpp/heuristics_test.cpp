@@ -9,14 +9,20 @@ namespace dca {
 namespace {
 
 TEST(Heuristics, TilesFitInCacheAndAreWholeStrips) {
-  for (const int32_t head_dim : {1, 64, 80, 96, 128, 256, 1024}) {
-    for (const int32_t group : {1, 2, 3, 4, 7, 8, 16, 64}) {
-      const CpuTileShape shape = cpu_tile_shape(group, head_dim);
-      EXPECT_GE(shape.block_m, 8);
-      EXPECT_LE(shape.block_m, 240);
-      EXPECT_TRUE(shape.block_m < 24 || shape.block_m % 24 == 0);
-      // 8 positions are the least, however wide the group.
-      EXPECT_TRUE(shape.block_m == 8 || 2LL * shape.block_m * group * head_dim * 4 <= 256 * 1024);
+  struct Limits {
+    int32_t elements;
+    int32_t strip;
+  };
+  for (const Limits limits : {Limits{32768, 24}, Limits{131072, 32}}) {
+    for (const int32_t head_dim : {1, 64, 80, 96, 128, 256, 1024}) {
+      for (const int32_t group : {1, 2, 3, 4, 7, 8, 16, 64}) {
+        const CpuTileShape shape = cpu_tile_shape(group, head_dim, limits.elements, limits.strip);
+        EXPECT_GE(shape.block_m, 8);
+        EXPECT_LE(shape.block_m, 10 * limits.strip);
+        EXPECT_TRUE(shape.block_m < limits.strip || shape.block_m % limits.strip == 0);
+        // 8 positions are the least, however wide the group.
+        EXPECT_TRUE(shape.block_m == 8 || 1LL * shape.block_m * group * head_dim <= limits.elements);
+      }
     }
   }
 }
