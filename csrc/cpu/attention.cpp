@@ -52,6 +52,8 @@ struct Workspace {
   float* outs = nullptr;
   float* lses = nullptr;
 
+  bool holds_splits() const { return lses != nullptr; }
+
   static int64_t count(const AttentionParams& p, int32_t num_splits) {
     return num_splits <= 1 ? 0 : num_splits * total_rows(p) * p.num_heads * (static_cast<int64_t>(p.head_dim) + 1);
   }
@@ -169,10 +171,53 @@ void combine_splits(const AttentionParams& p, const MicroKernels& mk, int32_t nu
   }
 }
 
-// Runs one task and hands over each of its rows: visit(row of q, head, out (head_dim), lse).
-template <class Visit>
+// Where the rows of a task go when they are done: into out, or among the partial results of its split.
+class TaskResults {
+ public:
+  TaskResults(const TaskContext& context, const SeqlenInfo& info, const Output& output, const Workspace& workspace)
+      : c_(context), info_(info), output_(output), workspace_(workspace) {}
+
+  void store() const {
+    for (int32_t row = 0; row < c_.rows.count(); ++row) {
+      ask_for(row + kRowsAhead);
+      store(row, c_.state.finish(row, c_.p.head_dim, head_scale(c_.p, c_.p.v_scale, c_.rows.kv_head(row))));
+    }
+  }
+
+ private:
+  // Rows of out are in no cache. Stores wait for them one after the other.
+  static constexpr int32_t kRowsAhead = 16;
+
+  void ask_for(int32_t row) const {
+    if (row >= c_.rows.count() || workspace_.holds_splits()) return;
+    ask_to_write(out(row), c_.p.head_dim * static_cast<int64_t>(element_size(c_.p.dtype)));
+  }
+
+  void store(int32_t row, float lse) const {
+    const int32_t r = info_.row(c_.rows.position(row));
+    const int32_t head = c_.rows.head(row);
+    if (workspace_.holds_splits()) {
+      const int64_t at = c_.task.split * total_rows(c_.p) * c_.p.num_heads + accum_row(c_.p, info_, c_.task.b, r, head);
+      std::copy_n(c_.state.row(row), c_.p.head_dim, workspace_.outs + at * c_.p.head_dim);
+      workspace_.lses[at] = lse;
+    } else {
+      c_.mk.store_row(c_.state.row(row), c_.p.dtype, c_.p.head_dim, out(row));
+      output_.store_lse(info_, c_.task.b, r, head, lse);
+    }
+  }
+
+  void* out(int32_t row) const {
+    return output_.row(info_, c_.task.b, info_.row(c_.rows.position(row)), c_.rows.head(row));
+  }
+
+  const TaskContext& c_;
+  const SeqlenInfo& info_;
+  const Output& output_;
+  const Workspace& workspace_;
+};
+
 void run_task(const AttentionParams& p, const MicroKernels& mk, const Task& task, const Scratch& scratch,
-              int32_t worker, Visit&& visit) {
+              int32_t worker, const Output& output, const Workspace& workspace) {
   const SeqlenInfo info = SeqlenInfo::of(p, task.b);
   const QueryRows rows(p, mk, info, task);
   const RunningRows state = scratch.running_rows(worker);
@@ -182,10 +227,7 @@ void run_task(const AttentionParams& p, const MicroKernels& mk, const Task& task
   } else {
     RowWalk(context, scratch.row_buffers(worker, rows.count())).run();
   }
-  for (int32_t row = 0; row < rows.count(); ++row) {
-    const float lse = state.finish(row, p.head_dim, head_scale(p, p.v_scale, rows.kv_head(row)));
-    visit(info.row(rows.position(row)), rows.head(row), state.row(row), lse);
-  }
+  TaskResults(context, info, output, workspace).store();
 }
 
 }  // namespace
@@ -210,22 +252,10 @@ Status attention(const AttentionParams& p) {
   const Workspace workspace(p, plan.num_splits, memory);
 
   clear_rows_without_position(p, output);
-  const int64_t split_rows = total_rows(p) * p.num_heads;
   parallel_tasks(
       threading, static_cast<int64_t>(plan.tasks.size()),
       [&](int64_t index, int32_t worker) {
-        const Task& task = plan.tasks[static_cast<size_t>(index)];
-        const SeqlenInfo info = SeqlenInfo::of(p, task.b);
-        run_task(p, mk, task, scratch, worker, [&](int32_t r, int32_t head, const float* o, float lse) {
-          if (plan.num_splits == 1) {
-            mk.store_row(o, p.dtype, p.head_dim, output.row(info, task.b, r, head));
-            output.store_lse(info, task.b, r, head, lse);
-          } else {
-            const int64_t row = task.split * split_rows + accum_row(p, info, task.b, r, head);
-            std::copy_n(o, p.head_dim, workspace.outs + row * p.head_dim);
-            workspace.lses[row] = lse;
-          }
-        });
+        run_task(p, mk, plan.tasks[static_cast<size_t>(index)], scratch, worker, output, workspace);
       },
       plan.max_workers);
   if (plan.num_splits > 1) combine_splits(p, mk, plan.num_splits, workspace, output);

@@ -9,6 +9,17 @@
 
 namespace dca::cpu {
 
+/// Ask for memory that is wanted soon. (gcc drops calls of functions that do nothing else; an empty statement is
+/// something.)
+inline void ask_to_read(const void* data, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i);
+  asm volatile("");
+}
+inline void ask_to_write(void* data, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<char*>(data) + i, 1);
+  asm volatile("");
+}
+
 inline HeadRows head_rows(const void* data, DType dtype, Strides stride, int64_t batch, int64_t row, int32_t head) {
   const int64_t offset = batch * stride.batch + row * stride.row + head * stride.head;
   HeadRows rows;

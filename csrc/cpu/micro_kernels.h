@@ -57,8 +57,8 @@ struct BlockRows {
   DType dtype = DType::Float32;
 };
 
-/// Rows of the online softmax, in base 2: how many logits of a block they see, and what they keep of those before. All of
-/// them are multiplied by one factor, which row_max is without.
+/// Rows of the online softmax, in base 2: how many logits of a block they see, and what they keep of those before. All
+/// of them are multiplied by one factor, which row_max is without.
 struct SoftmaxRows {
   int32_t m;
   const int32_t* counts;  ///< (m)
@@ -76,17 +76,17 @@ struct BlockFactors {
   const float* values;  ///< (kBlockKeys) the weights of each key; nullptr: nothing
 };
 
-/// A query tile and a block of keys and values, all packed: its products, and the softmax between them (simd_packed.inc,
-/// simd_tiles.inc).
+/// A query tile and a block of keys and values, all packed: its products, and the softmax between them
+/// (simd_packed.inc, simd_tiles.inc).
 ///
 /// Operands are stored in words of 32 bits, each one fp32 number or more numbers of fewer bits; buffers of words have
 /// room for whole groups of rows and for kBlockKeys keys.
 struct PackedProducts {
   int32_t numbers_per_word;
-  int32_t depth_words;  ///< operands end with whole steps of so many words: what is missing is 0
-  int32_t group_rows;   ///< rows that a product takes at a time, up to kMaxGroupRows
-  int32_t strip_rows;   ///< rows best taken one after the other by each product, whole groups, up to kMaxStripRows
-  int32_t blocks;       ///< blocks best packed at a time, up to kMaxBlocks
+  int32_t depth_words;    ///< operands end with whole steps of so many words: what is missing is 0
+  int32_t group_rows;     ///< rows that a product takes at a time, up to kMaxGroupRows
+  int32_t strip_rows;     ///< rows best taken one after the other by each product, whole groups, up to kMaxStripRows
+  int32_t blocks;         ///< blocks best packed at a time, up to kMaxBlocks
   int32_t task_elements;  ///< of Q, and of O: what the rows of a task best have in all
 
   /// A thread's products lie between these two; either may be nullptr.
@@ -104,9 +104,9 @@ struct PackedProducts {
   /// s (m rounded up to groups, n rounded up to a panel; rows of kBlockKeys floats) = queries * keys^T.
   void (*qk)(const float* queries, int32_t m, const float* keys, int32_t n, int32_t dim, float* s);
 
-  /// One step of the online softmax, as MicroKernels::softmax_rows. Leaves n weights in each row, in words: those of keys
-  /// that it does not see are 0. Where `trusting` that logits have hardly grown, it may return false, and only s has
-  /// changed: it is to be computed again, and looked at.
+  /// One step of the online softmax, as MicroKernels::softmax_rows. Leaves n weights in each row, in words: those of
+  /// keys that it does not see are 0. Where `trusting` that logits have hardly grown, it may return false, and only s
+  /// has changed: it is to be computed again, and looked at.
   bool (*softmax)(float* s, const SoftmaxRows& rows, int32_t n, const BlockFactors& factors, bool trusting);
 
   /// o (m rounded up to groups, dim rounded up to lanes) += weights (rows of kBlockKeys words) * values (n, dim).

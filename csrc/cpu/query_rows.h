@@ -32,12 +32,9 @@ class QueryRows {
   /// All factors on the logits of a row, and log2(e).
   float logit_factor(int32_t row) const { return logit_scale_ * head_scale(p_, p_.k_scale, kv_head(row)); }
 
-  /// Asks for a row that is loaded later; any number will do.
-  __attribute__((always_inline)) void prefetch(int32_t row) const {
-    if (row >= count()) return;
-    const HeadRows q = source(row);
-    const char* const data = static_cast<const char*>(q.data);
-    for (int64_t i = 0; i < p_.head_dim * static_cast<int64_t>(element_size(p_.dtype)); i += 64) __builtin_prefetch(data + i);
+  /// Asks for a row that is loaded later; there need not be so many.
+  void ask_for(int32_t row) const {
+    if (row < count()) ask_to_read(source(row).data, p_.head_dim * static_cast<int64_t>(element_size(p_.dtype)));
   }
 
   /// out (dim) = the row rotated for `segment`, zeros behind head_dim.

@@ -103,7 +103,7 @@ class TileWalk {
     for (int32_t first = 0; first < c_.rows.count(); first += products_.group_rows) {
       const int32_t m = std::min(products_.group_rows, c_.rows.count() - first);
       for (int32_t r = 0; r < m; ++r) {
-        c_.rows.prefetch(first + r + products_.group_rows);
+        c_.rows.ask_for(first + r + products_.group_rows);
         c_.rows.load(first + r, segment, c_.state.dim, w_.staged + r * c_.state.dim);
       }
       for (int64_t i = 0; factor != 1.0f && i < m * c_.state.dim; ++i) w_.staged[i] *= factor;
@@ -159,9 +159,11 @@ class TileWalk {
   }
 
   void attend(int32_t first, int32_t m, const Block& block) {
+    // Rows are in the order of their positions: the first one sees the least.
+    const bool masked = block.masked && c_.rows.visible(first, block.begin, block.count) < block.count;
     int32_t seen[kMaxStripRows];
     int32_t most = block.count;
-    if (block.masked) {
+    if (masked) {
       for (int32_t r = 0; r < m; ++r) seen[r] = c_.rows.visible(first + r, block.begin, block.count);
       most = *std::max_element(seen, seen + m);
       if (most == 0) return;
@@ -170,14 +172,14 @@ class TileWalk {
     }
     products_.qk(queries(first), m, block.keys, most, c_.p.head_dim, w_.logits);
     const SoftmaxRows rows = c_.state.softmax_rows(first, m, seen);
-    if (block.masked && !block.finite) {
+    if (masked && !block.finite) {
       if (block.scaled) scale_logits(m, most, block.key_scales);
       c_.mk.softmax_rows(w_.logits, rows, softmax_factor());
       weigh_seen_values(rows, first, block);
     } else {
       const BlockFactors factors{softmax_factor(), block.scaled ? block.key_scales : nullptr,
                                  block.scaled ? block.value_scales : nullptr};
-      const bool trusting = trusts_maxima(rows, block);
+      const bool trusting = !masked && trusts_maxima(rows, block);
       if (!products_.softmax(w_.logits, rows, most, factors, trusting)) {
         products_.qk(queries(first), m, block.keys, most, c_.p.head_dim, w_.logits);
         products_.softmax(w_.logits, rows, most, factors, false);
@@ -186,10 +188,10 @@ class TileWalk {
     }
   }
 
-  // Every row sees all keys of a whole block, and saw some before.
+  // It is a whole block, and every row saw keys before.
   static bool trusts_maxima(const SoftmaxRows& rows, const Block& block) {
-    if (block.masked || block.count < kBlockKeys) return false;
-    return std::all_of(rows.row_max, rows.row_max + rows.m, [](float x) { return x > -INFINITY; });
+    return block.count == kBlockKeys &&
+           std::all_of(rows.row_max, rows.row_max + rows.m, [](float x) { return x > -INFINITY; });
   }
 
   void scale_logits(int32_t m, int32_t n, const float* factors) {
