@@ -154,15 +154,6 @@ TEST(AttentionShapes, PartialAndInterleavedRotation) {
   }
 }
 
-TEST(AttentionShapes, LargeLogits) {
-  ProblemShape shape;
-  shape.kv_lens = {41};
-  AttentionProblem problem(shape);
-  AttentionParams p = problem.params();
-  p.softmax_scale = 5.0f;  // logits beyond 100: exp overflows in fp32 without the running maximum
-  EXPECT_TRUE(problem.matches_reference(p));
-}
-
 // Many query rows, which pack their keys, and few, which read them in place. Key 95 is the last one of a run, seen by
 // all rows but the first; 97 lies inside of a run.
 TEST(AttentionShapes, NaNInAValueReachesExactlyTheRowsThatSeeIt) {
@@ -192,6 +183,94 @@ TEST(AttentionShapes, NaNInAValueReachesExactlyTheRowsThatSeeIt) {
 }
 
 // --- Factors on the logits ---
+
+void expect_matches_reference_scaled(const ProblemShape& shape, float softmax_scale) {
+  AttentionProblem problem(shape);
+  AttentionParams p = problem.params();
+  p.softmax_scale = softmax_scale;
+  EXPECT_TRUE(problem.matches_reference(p)) << "softmax_scale " << softmax_scale;
+}
+
+// Many query rows, which pack their keys, and few; in dtypes that are multiplied as they are, and in others.
+std::vector<ProblemShape> many_rows_and_few(int32_t tokens) {
+  std::vector<ProblemShape> shapes;
+  for (const DType dtype : {DType::Float32, DType::BFloat16, DType::Float16}) {
+    for (const int32_t rows : {tokens, 3}) {
+      ProblemShape shape;
+      shape.dtype = dtype;
+      shape.kv_lens = {tokens};
+      shape.q_lens = {rows};
+      shapes.push_back(shape);
+    }
+  }
+  return shapes;
+}
+
+TEST(AttentionFactors, OfAnySign) {
+  for (const ProblemShape& shape : many_rows_and_few(41)) {
+    for (const float scale : {0.3f, -0.3f, 0.0f, 1e-30f}) expect_matches_reference_scaled(shape, scale);
+  }
+}
+
+TEST(AttentionFactors, ANaNIsNotHidden) {
+  for (const ProblemShape& shape : many_rows_and_few(41)) {
+    AttentionProblem problem(shape);
+    AttentionParams p = problem.params();
+    p.softmax_scale = NAN;
+    ASSERT_TRUE(attention(p).ok());
+    for (const double x : problem.out()) ASSERT_TRUE(std::isnan(x)) << x;
+  }
+}
+
+// Logits so far apart that the maximum of a row moves by many powers of two from block to block; and so far that
+// nothing holds a weight relative to the largest logit of a block before. There fp32 rounds logits more than its bound
+// allows.
+TEST(AttentionFactors, MaximaMayMoveFar) {
+  for (ProblemShape shape : many_rows_and_few(700)) {
+    shape.chunk = {400, 600};
+    expect_matches_reference_scaled(shape, 2.0f);
+    if (shape.dtype != DType::Float32) expect_matches_reference_scaled(shape, 30.0f);
+  }
+}
+
+// The first `rows` rows of the first head.
+void fill(const ConstTensorRef& tensor, DType dtype, int64_t rows, int64_t head_dim, double value) {
+  for (int64_t i = 0; i < rows * head_dim; ++i) {
+    const int64_t at = i / head_dim * tensor.stride.row + i % head_dim;
+    reference::write(const_cast<void*>(tensor.data), dtype, at, value);
+  }
+}
+
+// All keys have one logit: the LSE is that logit + ln(keys in sight). A block must leave no error of its own in the
+// running sum, or they add up; one rounding of such a logit is 6e-5.
+TEST(AttentionFactors, SumsOfManyBlocksDoNotDrift) {
+  constexpr int32_t kKeys = 6000;
+  constexpr int32_t kHeadDim = 64;
+  constexpr float kScale = 8.09f;
+  for (const DType dtype : {DType::Float32, DType::BFloat16}) {
+    for (const int32_t rows : {40, 3}) {
+      ProblemShape shape;
+      shape.dtype = dtype;
+      shape.num_heads = shape.num_heads_kv = 1;
+      shape.chunk = {kKeys, kKeys + 1};
+      shape.kv_lens = {kKeys};
+      shape.q_lens = {rows};
+      shape.half_rotary_dim = 0;
+      AttentionProblem problem(shape);
+      AttentionParams p = problem.params();
+      p.softmax_scale = kScale;
+      fill(p.k, dtype, kKeys, kHeadDim, 1.0);
+      fill(p.q, dtype, rows, kHeadDim, 1.375);
+      ASSERT_TRUE(attention(p).ok());
+      const std::vector<double> lse = problem.lse();
+      for (int32_t row = 0; row < rows; ++row) {
+        const double expected = 1.375 * kHeadDim * static_cast<double>(kScale) + std::log(kKeys - rows + row + 1);
+        EXPECT_NEAR(lse[static_cast<size_t>(row)], expected, 8 * error_rule::ulp(expected, DType::Float32))
+            << "row " << row << " of " << rows;
+      }
+    }
+  }
+}
 
 TEST(AttentionTemperature, MultipliesTheLogitsOfItsSequence) {
   ProblemShape shape;
