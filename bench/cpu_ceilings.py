@@ -37,7 +37,10 @@ def positions_per_tile(group: int, head_dim: int, limits: TaskLimits = VECTORS) 
 def rows_per_tile(case: Case) -> int:
     """Rows of the query tiles that the kernel in use would have."""
     amx = case.dtype == "bfloat16" and build_info()["cpu_isa"] == "amx_bf16"
-    return positions_per_tile(case.group, case.head_dim, AMX_TILES if amx else VECTORS) * case.group
+    limits = AMX_TILES if amx else VECTORS
+    share = case.seqlen * case.heads * case.head_dim // (4 * torch.get_num_threads())
+    limits = limits._replace(elements=min(max(share, VECTORS.elements), limits.elements))
+    return positions_per_tile(case.group, case.head_dim, limits) * case.group
 
 
 # --- Decode: reading the buffers --------------------------------------------------------------------------------------

@@ -22,13 +22,20 @@ constexpr CpuTileShape cpu_tile_shape(int32_t group, int32_t head_dim, int32_t t
   return {block_m >= strip_rows ? block_m / strip_rows * strip_rows : block_m};
 }
 
-/// Elements of Q, and of O, of a task of few rows: both in fp32 take at most 256 KiB, half of a small L2 cache.
-inline constexpr int32_t kCpuFewRowsElements = 32768;
+/// Elements of Q, and of O, of a task that a small L2 cache has room for: in fp32 both take at most 256 KiB.
+inline constexpr int32_t kCpuTaskElements = 32768;
+
+/// Of a task of many rows, which best has `most` of the `total`: fewer where threads would have fewer than 4 tasks
+/// each.
+constexpr int32_t cpu_task_elements(int32_t most, int64_t total, int32_t num_threads) {
+  const int64_t share = total / (4 * static_cast<int64_t>(std::max(1, num_threads)));
+  return static_cast<int32_t>(std::clamp<int64_t>(share, std::min(kCpuTaskElements, most), most));
+}
 
 /// KV heads that share a task of few rows: as many as Q and O have room for, evenly.
 constexpr int32_t cpu_heads_per_task(int32_t num_heads_kv, int32_t rows_per_head, int32_t head_dim) {
   const int64_t elements = static_cast<int64_t>(std::max(1, rows_per_head)) * std::max(1, head_dim);
-  const int32_t most = static_cast<int32_t>(std::max<int64_t>(1, kCpuFewRowsElements / elements));
+  const int32_t most = static_cast<int32_t>(std::max<int64_t>(1, kCpuTaskElements / elements));
   const int32_t tasks = (num_heads_kv + most - 1) / most;
   return (num_heads_kv + tasks - 1) / tasks;
 }

@@ -27,6 +27,19 @@ TEST(Heuristics, TilesFitInCacheAndAreWholeStrips) {
   }
 }
 
+TEST(Heuristics, EveryThreadHasTasks) {
+  for (const int32_t num_threads : {1, 2, 64}) {
+    for (const int64_t total : {int64_t{0}, int64_t{1} << 20, int64_t{1} << 30}) {
+      const int32_t elements = cpu_task_elements(131072, total, num_threads);
+      EXPECT_GE(elements, kCpuTaskElements);
+      EXPECT_LE(elements, 131072);
+      EXPECT_TRUE(elements == kCpuTaskElements || elements * 4LL * num_threads <= total);
+      EXPECT_EQ(cpu_task_elements(kCpuTaskElements, total, num_threads), kCpuTaskElements);
+    }
+  }
+  EXPECT_EQ(cpu_task_elements(131072, int64_t{1} << 30, 64), 131072);
+}
+
 TEST(Heuristics, HeadsThatShareATaskFitInCacheAndAreEven) {
   for (const int32_t num_heads_kv : {1, 2, 3, 8, 32, 71}) {
     for (const int32_t rows : {1, 4, 16}) {
