@@ -71,13 +71,13 @@ def test_pairs_within_a_budget() -> None:
 
 
 def test_task_limits_are_those_of_the_kernels() -> None:
-    for limits, source, prefix in [
-        (cpu_ceilings.VECTORS, "simd_packed.inc", ""),
-        (cpu_ceilings.AMX_TILES, "simd_tiles.inc", "Tile"),
+    sources = "".join(path.read_text() for path in sorted((ROOT / "csrc" / "cpu").glob("simd_*.inc")))
+    for limits, elements, strip in [
+        (cpu_ceilings.VECTORS, "kTaskElements", "kStripRows"),
+        (cpu_ceilings.AMX_TILES, "kTileTaskElements", "kTileStrip"),
     ]:
-        text = (ROOT / "csrc" / "cpu" / source).read_text()
-        assert f"k{prefix}TaskElements = {limits.elements};" in text
-        assert f"k{prefix}Strip{'' if prefix else 'Rows'} = {limits.strip_rows};" in text
+        assert f" {elements} = {limits.elements};" in sources
+        assert f" {strip} = {limits.strip_rows};" in sources
 
 
 def test_block_shapes_are_those_of_the_kernel(tmp_path: Path) -> None:

@@ -152,3 +152,16 @@ def test_bench_help_names_every_flag(tmp_path_factory: pytest.TempPathFactory) -
         "cache-dtype",
     ):
         assert f"--{flag} " in text
+
+
+def test_amx_limits_prints_them_or_that_there_is_no_amx(tmp_path_factory: pytest.TempPathFactory) -> None:
+    program = bench(tmp_path_factory).with_name("dca_amx_limits")
+    if not program.exists():
+        pytest.skip("this compiler, or its assembler, does not know AMX")
+    result = run(program, check=False)
+    if result.returncode == 77:
+        assert "has no AMX" in result.stdout
+    else:
+        assert result.returncode == 0
+        assert re.search(r"^product of two tiles +[1-9][0-9.]* ns", result.stdout, re.MULTILINE)
+        assert "nan" not in result.stdout

@@ -77,7 +77,7 @@ struct BlockFactors {
 };
 
 /// A query tile and a block of keys and values, all packed: its products, and the softmax between them
-/// (simd_packed.inc, simd_tiles.inc).
+/// (simd_packed.inc, simd_tiles.inc, simd_tile_softmax.inc).
 ///
 /// Operands are stored in words of 32 bits, each one fp32 number or more numbers of fewer bits; buffers of words have
 /// room for whole groups of rows and for kBlockKeys keys.
