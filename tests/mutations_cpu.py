@@ -289,7 +289,7 @@ MUTATIONS = [
         modes=("amx_bf16",),
     ),
     Mutation(
-        "amx: a thread keeps its tiles",
+        "amx: a thread keeps its tiles (AMX itself does not mind; its emulation does)",
         CPU + "simd_tile_registers.inc",
         'void end_tiles() { asm volatile("tilerelease"); }',
         "void end_tiles() {}",
@@ -337,7 +337,7 @@ MUTATIONS = [
         "int8: a NaN for a scale of an unseen value reaches rows of a tile",
         CPU + "tile_walk.h",
         "block.finite = block.finite && std::isfinite(values.scale[j]);",
-        "",
+        "block.finite = block.finite && true;",
     ),
     Mutation(
         "int8: a row's last channels do not count for its scale",
