@@ -1,9 +1,5 @@
 // What AMX's tile unit costs, and what it takes from the vector units beside it: loops of nothing else, on one thread.
 // docs/performance.md says what the kernels make of it. Exit code 77 where processor or system have no AMX.
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
@@ -11,24 +7,11 @@
 #include <cstdlib>
 #include <memory>
 
+#include "amx_unit.h"
+
 namespace {
 
-bool request_amx() {
-  constexpr unsigned kNeeded = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (~edx & kNeeded) != 0) return false;
-  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
-  constexpr int kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
+using dca::bench::Tiles;
 
 constexpr int kTrials = 9;  // the best counts: a limit is what was possible
 constexpr int kRepeats = 2000;
@@ -46,15 +29,6 @@ double nanoseconds_of(Loop&& loop) {
     best = std::min(best, time.count() / kRepeats);
   }
   return best;
-}
-
-// Four independent products of two tiles.
-void multiply_tiles(int times) {
-  for (int i = 0; i < times; ++i) {
-    asm volatile(
-        "tdpbf16ps %tmm6, %tmm4, %tmm0\n tdpbf16ps %tmm7, %tmm4, %tmm1\n"
-        "tdpbf16ps %tmm6, %tmm5, %tmm2\n tdpbf16ps %tmm7, %tmm5, %tmm3");
-  }
 }
 
 // Eight independent operations on vectors of 64 bytes.
@@ -117,11 +91,11 @@ Wake wake_after(int steps) {
     for (int i = 0; i < steps; ++i) asm volatile("imul %%rax, %%rax" : : : "rax");
   };
   const double resting = nanoseconds_of(rest);
-  const double multiplying = nanoseconds_of([] { multiply_tiles(16); });
+  const double multiplying = nanoseconds_of([] { Tiles::multiply(16); });
   const double both = nanoseconds_of([&] {
     rest();
     asm volatile("lfence");
-    multiply_tiles(16);
+    Tiles::multiply(16);
     asm volatile("lfence");
   });
   return {resting, both - resting - multiplying};
@@ -130,23 +104,19 @@ Wake wake_after(int steps) {
 }  // namespace
 
 int main() {
-  if (!request_amx()) {
+  if (!dca::bench::request_amx()) {
     std::puts("This processor, or its system, has no AMX.");
     return 77;
   }
-  const TileConfig config;
-  asm volatile("ldtilecfg %0" : : "m"(config));
-  // Zeros everywhere: subnormal numbers could be slow.
-  asm volatile(
-      "tilezero %tmm0\n tilezero %tmm1\n tilezero %tmm2\n tilezero %tmm3\n"
-      "tilezero %tmm4\n tilezero %tmm5\n tilezero %tmm6\n tilezero %tmm7\n"
-      "vpxord %zmm16, %zmm16, %zmm16\n vpxord %zmm17, %zmm17, %zmm17");
+  const Tiles tiles;
+  asm volatile("vpxord %zmm16, %zmm16, %zmm16\n vpxord %zmm17, %zmm17, %zmm17");
   const std::unique_ptr<char, void (*)(void*)> memory(static_cast<char*>(std::aligned_alloc(4096, kL2Bytes)),
                                                       std::free);
   if (memory == nullptr) return 1;
   std::fill_n(memory.get(), kL2Bytes, char{0});
 
-  std::printf("product of two tiles          %6.2f ns, 16384 FLOP\n", nanoseconds_of([] { multiply_tiles(16); }) / 64);
+  std::printf("product of two tiles          %6.2f ns, %.0f FLOP\n", nanoseconds_of([] { Tiles::multiply(16); }) / 64,
+              Tiles::kFlopOfProduct);
   std::printf("load of a tile from L1        %6.2f ns\n", load_time(memory.get(), kL1Bytes, false));
   std::printf("               from L2        %6.2f ns; past L1 %.2f ns\n", load_time(memory.get(), kL2Bytes, false),
               load_time(memory.get(), kL2Bytes, true));
@@ -160,5 +130,4 @@ int main() {
     const Wake wake = wake_after(steps);
     std::printf("64 products after %5.0f ns     %6.0f ns longer\n", wake.rest, wake.extra);
   }
-  asm volatile("tilerelease");
 }

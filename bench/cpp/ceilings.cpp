@@ -119,6 +119,15 @@ double measure_fma_peak(int num_threads) {
   return 2.0 * kChains * kSteps * loop.lanes * num_threads / seconds;
 }
 
+#if defined(DCA_BENCH_HAS_AMX)
+double measure_amx_peak(int num_threads) {
+  std::vector<double> flop(static_cast<size_t>(num_threads));
+  const auto run = [&](int thread) { flop[static_cast<size_t>(thread)] = multiply_tiles_of_one_thread(); };
+  const double seconds = best_seconds_of(num_threads, run);
+  return flop[0] * num_threads / seconds;
+}
+#endif
+
 double measure_read_bandwidth(const Buffers& buffers, int num_threads) {
   std::vector<uint64_t> sums(static_cast<size_t>(num_threads));
   const double seconds = best_seconds_of(num_threads, [&](int thread) {

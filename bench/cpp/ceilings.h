@@ -9,6 +9,12 @@ namespace dca::bench {
 /// FLOP/s of fp32 FMA chains in the widest vectors that the machine has.
 double measure_fma_peak(int num_threads);
 
+/// FLOP/s of products of bfloat16 in AMX's tiles. Only where the library's kernels are those of AMX.
+double measure_amx_peak(int num_threads);
+
+/// One thread's part of that; returns its FLOP.
+double multiply_tiles_of_one_thread();
+
 /// Bytes/s of reading all of `buffers`, the threads sharing each.
 double measure_read_bandwidth(const Buffers& buffers, int num_threads);
 

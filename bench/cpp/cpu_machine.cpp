@@ -60,8 +60,14 @@ class CpuMachine : public Machine {
     return seconds;
   }
 
-  // Whatever the dtype: pairs of bfloat16, and AMX, can pass it.
-  Ceiling arithmetic_ceiling(DType) override { return {measure_fma_peak(threads()), "fp32 FMA peak"}; }
+  // Pairs of bfloat16 can pass the peak of fp32.
+  Ceiling arithmetic_ceiling([[maybe_unused]] DType dtype) override {
+#if defined(DCA_BENCH_HAS_AMX)
+    const bool tiles = dtype == DType::BFloat16 && std::strcmp(build_info().cpu_isa, "amx_bf16") == 0;
+    if (tiles) return {measure_amx_peak(threads()), "AMX bf16 peak"};
+#endif
+    return {measure_fma_peak(threads()), "fp32 FMA peak"};
+  }
 
   Ceiling read_ceiling(const Buffers& buffers) override {
     return {measure_read_bandwidth(buffers, threads()), "reading the same buffers"};

@@ -1,0 +1,57 @@
+// AMX's tile unit, for what measures it. Only files that are compiled with -mamx-tile and -mamx-bf16 include this.
+#pragma once
+
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstdint>
+
+namespace dca::bench {
+
+/// Asks the system for the tile registers; false where processor or system have none.
+inline bool request_amx() {
+  constexpr unsigned kNeeded = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (~edx & kNeeded) != 0) return false;
+  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr int kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+/// The tile registers of one thread: 16 rows of 64 bytes each, all of them 0, as subnormal numbers could be slow.
+class Tiles {
+ public:
+  static constexpr double kFlopOfProduct = 2.0 * 16 * 16 * 32;
+
+  Tiles() {
+    asm volatile("ldtilecfg %0" : : "m"(config_));
+    asm volatile(
+        "tilezero %tmm0\n tilezero %tmm1\n tilezero %tmm2\n tilezero %tmm3\n"
+        "tilezero %tmm4\n tilezero %tmm5\n tilezero %tmm6\n tilezero %tmm7");
+  }
+  ~Tiles() { asm volatile("tilerelease"); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+
+  /// `times` times four products of two tiles, none of which waits for another.
+  static void multiply(int64_t times) {
+    for (int64_t i = 0; i < times; ++i) {
+      asm volatile(
+          "tdpbf16ps %tmm6, %tmm4, %tmm0\n tdpbf16ps %tmm7, %tmm4, %tmm1\n"
+          "tdpbf16ps %tmm6, %tmm5, %tmm2\n tdpbf16ps %tmm7, %tmm5, %tmm3");
+    }
+  }
+
+ private:
+  struct alignas(64) Config {
+    uint8_t palette = 1;
+    uint8_t start_row = 0;
+    uint8_t reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  };
+  Config config_;
+};
+
+}  // namespace dca::bench
