@@ -217,6 +217,26 @@ TEST(Int8, DecodeAndSeveralTokens) {
   }
 }
 
+// Many query rows, which pack their keys, and few. A weight of 0 times such a scale is not 0.
+TEST(Int8, ANaNForTheScaleOfAValueReachesExactlyTheRowsThatSeeIt) {
+  constexpr int64_t kKey = 95;
+  for (const DType dtype : kDTypes) {
+    for (const int32_t seqlen_q : {90, 6}) {
+      ProblemShape shape = cached(dtype, 4, seqlen_q);
+      shape.chunk = {64, 96};
+      shape.kv_lens = {100};
+      shape.q_lens = {seqlen_q};
+      AttentionProblem problem(shape);
+      const AttentionParams p = problem.params();
+      for (int32_t head = 0; head < shape.num_heads_kv; ++head) {
+        const int64_t at = kKey * p.v_scale.stride.row + head * p.v_scale.stride.head;
+        const_cast<float*>(p.v_scale.data)[at] = std::nanf("");
+      }
+      EXPECT_TRUE(problem.matches_reference(p)) << "seqlen_q " << seqlen_q;
+    }
+  }
+}
+
 // Longer than a block of keys, whose columns are scaled in vectors and one by one.
 TEST(Int8, LongCaches) {
   for (const int32_t seqlen_q : {1, 60}) {
