@@ -24,6 +24,7 @@ turns (A B A B ...), so that a machine whose speed drifts slows both. Contenders
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,7 @@ from cpu_timing import cpu_facts
 from peak_memory import peak_memory
 from rich.console import Console
 
+from dca_ext import build_info
 from dca_ext.cli.arguments import integer, positive, positive_int, positive_number
 from dca_ext.cli.demo import progress_bar
 
@@ -117,6 +119,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=output_file, metavar="FILE", help="figures and samples, written after each case")
     parser.add_argument("--plot", type=plot_file, metavar="FILE", help="a picture; needs matplotlib")
     args = parser.parse_args(arguments)
+    build = build_info()
+    if not build["cpu_isa"]:
+        sets = ", ".join(build["cpu_instruction_sets"])
+        parser.error(f"DCA_CPU_ISA={os.environ.get('DCA_CPU_ISA')} is no compiled set that runs here; compiled: {sets}")
     for name, value in (FULL if args.full else DEFAULTS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

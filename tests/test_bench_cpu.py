@@ -114,6 +114,17 @@ def test_cases_go_from_short_to_long_in_every_kind_shape_and_dtype() -> None:
     assert bench_cpu.parse([]).memory == []
 
 
+def test_an_unknown_instruction_set_is_refused_before_anything_runs() -> None:
+    command = [sys.executable, ROOT / "bench" / "bench_cpu.py", "--prefill", "64", "--decode"]
+    result = subprocess.run(
+        command, env={**os.environ, "DCA_CPU_ISA": "sse9"}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert "DCA_CPU_ISA=sse9" in result.stderr
+    assert "avx2" in result.stderr or "portable" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_unknown_contenders_are_refused(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         bench_cpu.parse(["--contenders", "jax"])
