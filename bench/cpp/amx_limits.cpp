@@ -1,5 +1,5 @@
 // What AMX's tile unit costs, and what it takes from the vector units beside it: loops of nothing else, on one thread.
-// docs/performance.md says what the kernels make of it. Exit code 77 where processor or system have no AMX.
+// docs/performance.md says what the kernels make of it. Exit code 77 where the kernels in use are not those of AMX.
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "amx_unit.h"
+#include "ceilings.h"
 
 namespace {
 
@@ -104,8 +105,8 @@ Wake wake_after(int steps) {
 }  // namespace
 
 int main() {
-  if (!dca::bench::request_amx()) {
-    std::puts("This processor, or its system, has no AMX.");
+  if (!dca::bench::kernels_use_amx()) {
+    std::puts("No AMX: processor or system have none, or DCA_CPU_ISA names another instruction set.");
     return 77;
   }
   const Tiles tiles;

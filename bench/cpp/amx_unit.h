@@ -1,23 +1,10 @@
-// AMX's tile unit, for what measures it. Only files that are compiled with -mamx-tile and -mamx-bf16 include this.
+// AMX's tile unit, for what measures it where kernels_use_amx(). Only files that are compiled with -mamx-tile and
+// -mamx-bf16 include this.
 #pragma once
-
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <cstdint>
 
 namespace dca::bench {
-
-/// Asks the system for the tile registers; false where processor or system have none.
-inline bool request_amx() {
-  constexpr unsigned kNeeded = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (~edx & kNeeded) != 0) return false;
-  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
-  constexpr int kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
 
 /// The tile registers of one thread: 16 rows of 64 bytes each, all of them 0, as subnormal numbers could be slow.
 class Tiles {

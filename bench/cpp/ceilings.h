@@ -9,7 +9,10 @@ namespace dca::bench {
 /// FLOP/s of fp32 FMA chains in the widest vectors that the machine has.
 double measure_fma_peak(int num_threads);
 
-/// FLOP/s of products of bfloat16 in AMX's tiles. Only where the library's kernels are those of AMX.
+/// Whether the library's kernels are those of AMX. It has asked the system for the tile registers then.
+bool kernels_use_amx();
+
+/// FLOP/s of products of bfloat16 in AMX's tiles, where kernels_use_amx().
 double measure_amx_peak(int num_threads);
 
 /// One thread's part of that; returns its FLOP.

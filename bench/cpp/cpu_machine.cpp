@@ -63,8 +63,7 @@ class CpuMachine : public Machine {
   // Pairs of bfloat16 can pass the peak of fp32.
   Ceiling arithmetic_ceiling([[maybe_unused]] DType dtype) override {
 #if defined(DCA_BENCH_HAS_AMX)
-    const bool tiles = dtype == DType::BFloat16 && std::strcmp(build_info().cpu_isa, "amx_bf16") == 0;
-    if (tiles) return {measure_amx_peak(threads()), "AMX bf16 peak"};
+    if (dtype == DType::BFloat16 && kernels_use_amx()) return {measure_amx_peak(threads()), "AMX bf16 peak"};
 #endif
     return {measure_fma_peak(threads()), "fp32 FMA peak"};
   }

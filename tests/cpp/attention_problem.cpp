@@ -103,6 +103,13 @@ CacheScale make_scale(Scales kind, int32_t num_heads_kv, int32_t which, std::vec
   return scale;
 }
 
+ProblemShape last_rows_of_100(ProblemShape shape, int32_t rows) {
+  shape.chunk = {64, 96};
+  shape.kv_lens = {100};
+  shape.q_lens = {rows};
+  return shape;
+}
+
 std::string to_string(const ProblemShape& shape) {
   std::ostringstream text;
   text << "dtype " << static_cast<int>(shape.dtype) << ", cache " << static_cast<int>(shape.cache_dtype) << ", scales "

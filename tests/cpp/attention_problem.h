@@ -99,6 +99,10 @@ struct ProblemShape {
 
 std::string to_string(const ProblemShape& shape);
 
+/// The last rows of 100 tokens in two chunks: many, which pack their keys, or few, which read them in place. Key 95 is
+/// the last one of a run, seen by all of six rows but the first; 97 lies inside of a run.
+ProblemShape last_rows_of_100(ProblemShape shape, int32_t rows);
+
 /// Random queries, keys (taken as rotated already) and values.
 class AttentionProblem {
  public:

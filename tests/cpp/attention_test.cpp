@@ -154,18 +154,13 @@ TEST(AttentionShapes, PartialAndInterleavedRotation) {
   }
 }
 
-// Many query rows, which pack their keys, and few, which read them in place. Key 95 is the last one of a run, seen by
-// all rows but the first; 97 lies inside of a run.
 TEST(AttentionShapes, NaNInAValueReachesExactlyTheRowsThatSeeIt) {
   for (const DType dtype : {DType::Float32, DType::BFloat16}) {
     for (const int32_t seqlen_q : {90, 6}) {
       for (const int64_t key : {95, 97}) {
         ProblemShape shape;
         shape.dtype = dtype;
-        shape.chunk = {64, 96};
-        shape.kv_lens = {100};
-        shape.q_lens = {seqlen_q};
-        AttentionProblem problem(shape);
+        AttentionProblem problem(last_rows_of_100(shape, seqlen_q));
         const AttentionParams p = problem.params();
         for (int32_t head = 0; head < shape.num_heads_kv; ++head) {
           reference::write(const_cast<void*>(p.v.data), dtype, key * p.v.stride.row + head * p.v.stride.head,

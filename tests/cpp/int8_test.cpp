@@ -217,15 +217,12 @@ TEST(Int8, DecodeAndSeveralTokens) {
   }
 }
 
-// Many query rows, which pack their keys, and few. A weight of 0 times such a scale is not 0.
+// A weight of 0 times such a scale is not 0.
 TEST(Int8, ANaNForTheScaleOfAValueReachesExactlyTheRowsThatSeeIt) {
   constexpr int64_t kKey = 95;
   for (const DType dtype : kDTypes) {
     for (const int32_t seqlen_q : {90, 6}) {
-      ProblemShape shape = cached(dtype, 4, seqlen_q);
-      shape.chunk = {64, 96};
-      shape.kv_lens = {100};
-      shape.q_lens = {seqlen_q};
+      const ProblemShape shape = last_rows_of_100(cached(dtype, 4, seqlen_q), seqlen_q);
       AttentionProblem problem(shape);
       const AttentionParams p = problem.params();
       for (int32_t head = 0; head < shape.num_heads_kv; ++head) {
