@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from cpu_cases import Case, Contender, Inputs, Prepared
@@ -15,32 +14,28 @@ from dca_ext import build_info
 KEYS_PER_BLOCK = 128
 
 
-class TaskLimits(NamedTuple):
-    """What sizes a query tile: PackedProducts::task_elements and strip_rows of csrc/cpu."""
-
-    elements: int
-    strip_rows: int
-
-
-VECTORS = TaskLimits(32768, 24)
-AMX_TILES = TaskLimits(131072, 32)
+# What sizes a query tile, by csrc/dispatch/heuristics.h and, of strip_rows, csrc/cpu.
+LEAST_TASK_ELEMENTS = 32768
+MOST_TASK_ELEMENTS = 131072
+STRIP_ROWS = 24
+AMX_STRIP_ROWS = 32
 
 
-def positions_per_tile(group: int, head_dim: int, limits: TaskLimits = VECTORS) -> int:
+def positions_per_tile(group: int, head_dim: int, elements: int, strip_rows: int = STRIP_ROWS) -> int:
     """Positions of a query tile, which holds the rows of all `group` heads: cpu_tile_shape of
     csrc/dispatch/heuristics.h."""
-    rows = max(1, limits.elements // max(1, head_dim))
-    positions = min(max(rows // max(1, group), 8), 10 * limits.strip_rows)
-    return positions // limits.strip_rows * limits.strip_rows if positions >= limits.strip_rows else positions
+    rows = max(1, elements // max(1, head_dim))
+    positions = min(max(rows // max(1, group), 8), 40 * strip_rows)
+    return positions // strip_rows * strip_rows if positions >= strip_rows else positions
 
 
 def rows_per_tile(case: Case) -> int:
     """Rows of the query tiles that the kernel in use would have."""
     amx = case.dtype == "bfloat16" and build_info()["cpu_isa"] == "amx_bf16"
-    limits = AMX_TILES if amx else VECTORS
     share = case.seqlen * case.heads * case.head_dim // (4 * torch.get_num_threads())
-    limits = limits._replace(elements=min(max(share, VECTORS.elements), limits.elements))
-    return positions_per_tile(case.group, case.head_dim, limits) * case.group
+    elements = min(max(share, LEAST_TASK_ELEMENTS), MOST_TASK_ELEMENTS)
+    strip_rows = AMX_STRIP_ROWS if amx else STRIP_ROWS
+    return positions_per_tile(case.group, case.head_dim, elements, strip_rows) * case.group
 
 
 # --- Decode: reading the buffers --------------------------------------------------------------------------------------

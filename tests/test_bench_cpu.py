@@ -71,24 +71,24 @@ def test_pairs_within_a_budget() -> None:
 
 
 def test_task_limits_are_those_of_the_kernels() -> None:
-    sources = "".join(path.read_text() for path in sorted((ROOT / "csrc" / "cpu").glob("simd_*.inc")))
-    for limits, elements, strip in [
-        (cpu_ceilings.VECTORS, "kTaskElements", "kStripRows"),
-        (cpu_ceilings.AMX_TILES, "kTileTaskElements", "kTileStrip"),
+    files = [ROOT / "csrc" / "dispatch" / "heuristics.h", *sorted((ROOT / "csrc" / "cpu").glob("simd_*.inc"))]
+    sources = "".join(path.read_text() for path in files)
+    for limit, name in [
+        (cpu_ceilings.LEAST_TASK_ELEMENTS, "kCpuTaskElements"),
+        (cpu_ceilings.MOST_TASK_ELEMENTS, "kCpuLargestTaskElements"),
+        (cpu_ceilings.STRIP_ROWS, "kStripRows"),
+        (cpu_ceilings.AMX_STRIP_ROWS, "kTileStrip"),
     ]:
-        assert f" {elements} = {limits.elements};" in sources
-        assert f" {strip} = {limits.strip_rows};" in sources
+        assert f" {name} = {limit};" in sources
 
 
 def test_block_shapes_are_those_of_the_kernel(tmp_path: Path) -> None:
     require_cmake_and_compiler()
     shapes = [(group, head_dim) for group in (1, 2, 3, 4, 8, 40) for head_dim in (64, 80, 128, 256)]
-    limits = [cpu_ceilings.VECTORS, cpu_ceilings.AMX_TILES]
-    shapes = [(*shape, limit) for shape in shapes for limit in limits]
-    calls = "\n".join(
-        f"  print(dca::cpu_tile_shape({group}, {head_dim}, {limit.elements}, {limit.strip_rows}));"
-        for group, head_dim, limit in shapes
-    )
+    elements = (cpu_ceilings.LEAST_TASK_ELEMENTS, 50000, cpu_ceilings.MOST_TASK_ELEMENTS)
+    limits = [(n, strip) for n in elements for strip in (cpu_ceilings.STRIP_ROWS, cpu_ceilings.AMX_STRIP_ROWS)]
+    shapes = [(*shape, *limit) for shape in shapes for limit in limits]
+    calls = "\n".join(f"  print(dca::cpu_tile_shape({', '.join(map(str, shape))}));" for shape in shapes)
     (tmp_path / "shapes.cpp").write_text(
         '#include <cstdio>\n#include "dispatch/heuristics.h"\n'
         'void print(dca::CpuTileShape s) { std::printf("%d\\n", s.block_m); }\n'
@@ -185,9 +185,10 @@ def test_reads_take_all_bytes_as_they_are() -> None:
 
 
 def test_products_of_blocks_count_what_they_do() -> None:
-    call, flop = cpu_ceilings.block_products(make_case(), 3, torch.bfloat16)
+    case = make_case()
+    call, flop = cpu_ceilings.block_products(case, 3, torch.bfloat16)
     call()
-    assert flop == 3 * 4 * (cpu_ceilings.positions_per_tile(2, 8) * 2) * 128 * 8
+    assert flop == 3 * 4 * cpu_ceilings.rows_per_tile(case) * 128 * 8
 
 
 # --- What is left out -------------------------------------------------------------------------------------------------

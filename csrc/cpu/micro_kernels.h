@@ -77,17 +77,16 @@ struct BlockFactors {
 };
 
 /// A query tile and a block of keys and values, all packed: its products, and the softmax between them
-/// (simd_packed.inc, simd_tiles.inc, simd_tile_softmax.inc).
+/// (simd_packed.inc, simd_tiles.inc, simd_packed_softmax.inc).
 ///
 /// Operands are stored in words of 32 bits, each one fp32 number or more numbers of fewer bits; buffers of words have
 /// room for whole groups of rows and for kBlockKeys keys.
 struct PackedProducts {
   int32_t numbers_per_word;
-  int32_t depth_words;    ///< operands end with whole steps of so many words: what is missing is 0
-  int32_t group_rows;     ///< rows that a product takes at a time, up to kMaxGroupRows
-  int32_t strip_rows;     ///< rows best taken one after the other by each product, whole groups, up to kMaxStripRows
-  int32_t blocks;         ///< blocks best packed at a time, up to kMaxBlocks
-  int32_t task_elements;  ///< of Q, and of O: what the rows of a task best have in all
+  int32_t depth_words;  ///< operands end with whole steps of so many words: what is missing is 0
+  int32_t group_rows;   ///< rows that a product takes at a time, up to kMaxGroupRows
+  int32_t strip_rows;   ///< rows best taken one after the other by each product, whole groups, up to kMaxStripRows
+  int32_t blocks;       ///< blocks best packed at a time, up to kMaxBlocks
 
   /// A thread's products lie between these two; either may be nullptr.
   void (*begin)();

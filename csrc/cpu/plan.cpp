@@ -52,8 +52,8 @@ const PackedProducts& packed_products(const AttentionParams& p, const MicroKerne
 CpuTileShape tile_shape(const AttentionParams& p, const MicroKernels& mk) {
   const PackedProducts& products = packed_products(p, mk);
   const int64_t positions = p.cu_seqlens_q != nullptr ? p.total_q : static_cast<int64_t>(p.batch) * p.seqlen_q;
-  const int32_t elements =
-      cpu_task_elements(products.task_elements, positions * p.num_heads * p.head_dim, threading_of(p.exec).num_threads);
+  const int64_t total = positions * p.num_heads * p.head_dim;
+  const int32_t elements = cpu_task_elements(total, threading_of(p.exec).num_threads);
   return cpu_tile_shape(p.num_heads / p.num_heads_kv, p.head_dim, elements, products.strip_rows);
 }
 

@@ -18,18 +18,21 @@ inline constexpr int32_t kCpuMinPackedRows = 17;
 /// A task whose Q, and whose O, has at most so many elements, and whole strips of rows where it has many.
 constexpr CpuTileShape cpu_tile_shape(int32_t group, int32_t head_dim, int32_t task_elements, int32_t strip_rows) {
   const int32_t rows = std::max(1, task_elements / std::max(1, head_dim));
-  const int32_t block_m = std::clamp(rows / std::max(1, group), 8, 10 * strip_rows);
+  const int32_t block_m = std::clamp(rows / std::max(1, group), 8, 40 * strip_rows);
   return {block_m >= strip_rows ? block_m / strip_rows * strip_rows : block_m};
 }
 
 /// Elements of Q, and of O, of a task that a small L2 cache has room for: in fp32 both take at most 256 KiB.
 inline constexpr int32_t kCpuTaskElements = 32768;
 
-/// Of a task of many rows, which best has `most` of the `total`: fewer where threads would have fewer than 4 tasks
-/// each.
-constexpr int32_t cpu_task_elements(int32_t most, int64_t total, int32_t num_threads) {
+/// Of a task that packs its keys, at the most. Each block of keys is packed once a task, and once for each block the
+/// task's Q and O pass by, from L3 where L2 is small: with so many rows neither costs much.
+inline constexpr int32_t kCpuLargestTaskElements = 131072;
+
+/// Of a task that packs its keys, of `total` elements in all: fewer where threads would have fewer than 4 tasks each.
+constexpr int32_t cpu_task_elements(int64_t total, int32_t num_threads) {
   const int64_t share = total / (4 * static_cast<int64_t>(std::max(1, num_threads)));
-  return static_cast<int32_t>(std::clamp<int64_t>(share, std::min(kCpuTaskElements, most), most));
+  return static_cast<int32_t>(std::clamp<int64_t>(share, kCpuTaskElements, kCpuLargestTaskElements));
 }
 
 /// KV heads that share a task of few rows: as many as Q and O have room for, evenly.
