@@ -32,7 +32,7 @@ def positions_per_tile(group: int, head_dim: int, elements: int, strip_rows: int
 def rows_per_tile(case: Case) -> int:
     """Rows of the query tiles that the kernel in use would have."""
     amx = case.dtype == "bfloat16" and build_info()["cpu_isa"] == "amx_bf16"
-    share = case.seqlen * case.heads * case.head_dim // (4 * torch.get_num_threads())
+    share = case.seqlen * case.heads * case.head_dim // (8 * torch.get_num_threads())
     elements = min(max(share, LEAST_TASK_ELEMENTS), MOST_TASK_ELEMENTS)
     strip_rows = AMX_STRIP_ROWS if amx else STRIP_ROWS
     return positions_per_tile(case.group, case.head_dim, elements, strip_rows) * case.group

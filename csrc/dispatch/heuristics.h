@@ -29,9 +29,10 @@ inline constexpr int32_t kCpuTaskElements = 32768;
 /// task's Q and O pass by, from L3 where L2 is small: with so many rows neither costs much.
 inline constexpr int32_t kCpuLargestTaskElements = 131072;
 
-/// Of a task that packs its keys, of `total` elements in all: fewer where threads would have fewer than 4 tasks each.
+/// Of a task that packs its keys, of `total` elements in all: fewer where threads would have fewer than 8 tasks each, or
+/// some would wait too long for the others' last ones.
 constexpr int32_t cpu_task_elements(int64_t total, int32_t num_threads) {
-  const int64_t share = total / (4 * static_cast<int64_t>(std::max(1, num_threads)));
+  const int64_t share = total / (8 * static_cast<int64_t>(std::max(1, num_threads)));
   return static_cast<int32_t>(std::clamp<int64_t>(share, kCpuTaskElements, kCpuLargestTaskElements));
 }
 

@@ -33,7 +33,7 @@ TEST(Heuristics, EveryThreadHasTasks) {
       const int32_t elements = cpu_task_elements(total, num_threads);
       EXPECT_GE(elements, kCpuTaskElements);
       EXPECT_LE(elements, kCpuLargestTaskElements);
-      EXPECT_TRUE(elements == kCpuTaskElements || elements * 4LL * num_threads <= total);
+      EXPECT_TRUE(elements == kCpuTaskElements || elements * 8LL * num_threads <= total);
     }
   }
   EXPECT_EQ(cpu_task_elements(int64_t{1} << 30, 64), kCpuLargestTaskElements);
