@@ -21,7 +21,10 @@ cmake --build "$build/googletest" --target install --parallel >/dev/null
 configure "$root" "$build/dca" -DDCA_BUILD_TESTS=ON -DGTest_ROOT="$build/installed"
 cmake --build "$build/dca" --target dca_cpp_tests --parallel
 
+# QEMU's user mode fails in the child of a process that has threads.
+forking=Threading.AChildProcessHasAPoolOfItsOwn:Threading.FewerThreadsThanWantedWillDo
 export DCA_NUM_THREADS=4
 for isa in portable portable_bf16; do
-  DCA_CPU_ISA=$isa qemu-aarch64 -L /usr/aarch64-linux-gnu "$build/dca/tests/cpp/dca_cpp_tests" --gtest_brief=1
+  DCA_CPU_ISA=$isa qemu-aarch64 -L /usr/aarch64-linux-gnu "$build/dca/tests/cpp/dca_cpp_tests" --gtest_brief=1 \
+    --gtest_filter="-$forking"
 done
