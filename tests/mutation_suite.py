@@ -72,16 +72,25 @@ def copy_tree(tree: Path) -> None:
     shutil.copy(ROOT / "CMakeLists.txt", tree)
 
 
+def stale(mutations: Sequence[Mutation], tree: Path = ROOT) -> list[str]:
+    """Says of which mutations the source has not what they replace."""
+    complaints = []
+    for mutation in mutations:
+        path = tree / mutation.file
+        count = path.read_text().count(mutation.old) if path.exists() else 0
+        if count != mutation.occurrences:
+            complaints.append(f"{mutation.name}: {mutation.file} has {count} times: {mutation.old}")
+    return complaints
+
+
 def survivors(suite: Suite, chosen: Sequence[Mutation]) -> list[str]:
     """Names of the mutations that no test saw."""
     names = []
     with tempfile.TemporaryDirectory() as folder:
         tree, build = Path(folder) / "tree", Path(folder) / "build"
         copy_tree(tree)
-        for mutation in chosen:  # before anything takes time
-            count = (tree / mutation.file).read_text().count(mutation.old)
-            if count != mutation.occurrences:
-                raise SystemExit(f"{mutation.name}: {mutation.file} has {count} times: {mutation.old}")
+        if complaints := stale(chosen, tree):  # before anything takes time
+            raise SystemExit("\n".join(complaints))
         suite.build(tree, build)
         for mode in suite.modes:
             if not all(suite.run_tests(build, nothing, mode) for nothing in suite.unchanged):

@@ -23,8 +23,8 @@ MUTATIONS = [
     ),
     Mutation(
         "mask: unseen keys of a packed block keep their weights",
-        CPU + "simd_packed.inc",
-        "for (int32_t j = rows.counts[r]; j < n; ++j) s[r * kBlockKeys + j] = 0.0f;",
+        CPU + "simd_packed_softmax.inc",
+        "for (int32_t j = rows.counts[r]; j < whole; ++j) s[r * kBlockKeys + j] = -kInfinity;",
         "",
         modes=("native", "portable"),
     ),
