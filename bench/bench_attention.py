@@ -335,8 +335,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="further contenders: dca_ext by kernels that the device would not choose, such as sm80, or variants of a "
-        "build with DCA_CUDA_VARIANTS=ON, such as sm90:three_consumers",
+        help="further contenders: dca_ext by kernels that the device would not choose, such as sm80 or "
+        "sm90:three_consumers, or variants of a build with DCA_CUDA_VARIANTS=ON, such as sm90:per_tile",
     )
     parser.add_argument("--no-e4m3", action="store_true", help="no decode over caches of e4m3")
     parser.add_argument(

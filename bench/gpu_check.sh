@@ -281,7 +281,7 @@ step_dca_bench_sm80() {
 
 # What a GPU has to choose between, tested, and one line of JSON for each; docs/kernels.md names them.
 step_variants() {
-  local failed=0 kernels shape names=(sm90:three_consumers sm90:other_turns sm90:per_tile)
+  local failed=0 kernels shape names=(sm90:other_turns sm90:per_tile)
   for kernels in "${names[@]}"; do
     [ -x "$tree/tests/cpp/cuda/dca_cuda_tests" ] || break
     echo "$kernels: tests"
@@ -289,8 +289,9 @@ step_variants() {
   done
   rm -f "$out/variants.jsonl"
   while read -r shape; do
-    for kernels in sm90 "${names[@]}" sm80; do
+    for kernels in '' sm90 sm90:three_consumers "${names[@]}" sm80; do  # '': what calls get
       if [[ $kernels = *:* && $shape = decode* ]]; then continue; fi
+      if [[ $kernels = sm90:three_consumers && $shape != *--head-dim=64* ]]; then continue; fi
       echo "$kernels $shape"
       # shellcheck disable=SC2086  # words
       if DCA_CUDA_KERNELS=$kernels cuda_tests "$tree/bench/cpp/dca_bench" $shape --device=cuda \
@@ -322,7 +323,7 @@ LINES
 
 step_bench_attention() {
   local options=(--quick --out "$out")
-  if [ -n "$variants" ]; then options+=(--kernels sm90:three_consumers sm90:other_turns); fi
+  if [ -n "$variants" ]; then options+=(--kernels sm90:other_turns); fi
   cd "$out" && PYTHONUNBUFFERED=1 PYTHONPATH=$site "$python" "$root/bench/bench_attention.py" "${options[@]}"
 }
 

@@ -10,7 +10,8 @@ foreach(kind prefill decode)
   endforeach()
 endforeach()
 
-# kind-dtype-head_dim-variant: other schedules and tiles of prefill, which only a GPU can choose between.
+# kind-dtype-head_dim-variant: other tiles of prefill, for calls with many, and with DCA_CUDA_VARIANTS other schedules,
+# which only a GPU can choose between.
 option(DCA_CUDA_VARIANTS "Also compile the variants of the prefill kernels, to time them" OFF)
 if("90" IN_LIST DCA_CUDA_ARCHITECTURES OR "90a" IN_LIST DCA_CUDA_ARCHITECTURES)
   foreach(dtype bf16 fp16)
@@ -18,9 +19,10 @@ if("90" IN_LIST DCA_CUDA_ARCHITECTURES OR "90a" IN_LIST DCA_CUDA_ARCHITECTURES)
       list(APPEND DCA_ALL_CUDA_INSTANCES sm90-prefill-${dtype}-${head_dim} sm90-decode-${dtype}-${head_dim}
                                          sm90-prefill-${dtype}-${head_dim}-e4m3 sm90-decode-${dtype}-${head_dim}-e4m3)
     endforeach()
+    list(APPEND DCA_ALL_CUDA_INSTANCES sm90-prefill-${dtype}-64-three_consumers)
   endforeach()
   if(DCA_CUDA_VARIANTS)
-    foreach(variant other_turns per_tile three_consumers)
+    foreach(variant other_turns per_tile)
       list(APPEND DCA_ALL_CUDA_INSTANCES sm90-prefill-bf16-64-${variant} sm90-prefill-bf16-128-${variant})
     endforeach()
   endif()
@@ -73,9 +75,9 @@ foreach(instance IN LISTS _instances)
       set(DCA_INSTANCE_VARIANT ", DType::Same, ${DCA_INSTANCE_ARCHITECTURE}::Variant::${_variant_${_more}}")
     endif()
   endif()
-  # Blocks of 48 and of 80 keys: as one product, not as several of 16 keys that read Q anew each time.
+  # Blocks of 48 keys: as one product, not as three of 16 keys that read Q anew each time.
   set(DCA_INSTANCE_SHAPES "")
-  if(DCA_INSTANCE_FUNCTION MATCHES "^sm90_prefill_.*_(256_e4m3|128_three_consumers)$")
+  if(DCA_INSTANCE_FUNCTION MATCHES "^sm90_prefill_.*_256_e4m3$")
     set(DCA_INSTANCE_SHAPES "#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED\n")
   endif()
   set(_source "${CMAKE_CURRENT_BINARY_DIR}/instances/${DCA_INSTANCE_FUNCTION}.cu")

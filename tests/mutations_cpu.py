@@ -9,6 +9,7 @@ from mutation_suite import Mutation, Suite, build_program, is_green
 
 CPU = "csrc/cpu/"
 SHARED = "csrc/include/dca/"
+DISPATCH = "csrc/dispatch/"
 
 #: Q is rotated for the first segment that has keys, and never again.
 KEEP_FIRST_Q = "if (it.keys().end == c_.task.q_end) load_queries(it.segment());"
@@ -351,6 +352,27 @@ MUTATIONS = [
         CPU + "attention.cpp",
         "memory_.get() + worker * per_worker_",
         "memory_.get() + worker / 2 * per_worker_",
+    ),
+    Mutation(
+        "CUDA tiles: all groups of KV heads begin with their longest",
+        DISPATCH + "tile_order.h",
+        "if ((num_groups - 1 - group) % 2 != 0)",
+        "if (num_groups < 0)",
+        tests="TileOrder*",
+    ),
+    Mutation(
+        "CUDA tiles: groups of KV heads overlap",
+        DISPATCH + "tile_order.h",
+        "group * kv_heads_at_once.divisor + place",
+        "group + place",
+        tests="TileOrder*",
+    ),
+    Mutation(
+        "CUDA tiles: fewer KV heads at once than divide their number",
+        DISPATCH + "heuristics.h",
+        "while (heads < num_kv_heads && num_kv_heads % heads != 0) ++heads;",
+        "",
+        tests="CudaHeuristics*",
     ),
 ]
 

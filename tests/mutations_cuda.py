@@ -434,7 +434,7 @@ def run_tests(build: Path, mutation: Mutation, mode: str) -> bool:
         command.insert(0, str(PTXSIM / "run"))
         environment["PTXSIM_BUILD"] = str(build / "ptxsim")
     if not hopper:
-        tests = f"{mutation.tests}-Sm90/*"
+        tests = f"{mutation.tests}-Sm90*"
     elif mutation.tests == "*":
         tests = "Sm90/*-*E4M3*"
     else:

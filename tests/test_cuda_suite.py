@@ -21,7 +21,7 @@ PTXSIM = Path(os.environ.get("PTXSIM_DIR", ROOT.parent / "shared" / "ptxsim"))
 INSTANCES = (
     "prefill-bf16-64;decode-bf16-64;prefill-fp16-128;decode-fp16-128;sm90-prefill-bf16-64;sm90-prefill-fp16-128;"
     "decode-bf16-64-e4m3;prefill-bf16-64-e4m3;sm90-decode-bf16-64;sm90-decode-bf16-128-e4m3;"
-    "sm90-prefill-bf16-64-e4m3"
+    "sm90-prefill-bf16-64-e4m3;sm90-prefill-bf16-64-three_consumers"
 )
 
 #: In the build folder: what nvcc and ptxas said.

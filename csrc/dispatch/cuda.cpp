@@ -38,15 +38,45 @@ bool can_run(const AttentionInstance& instance, const AttentionParams& p, const 
   return device.major == 9 && device.minor == 0 && fits_tma(p, p.k) && fits_tma(p, p.v);
 }
 
-// DCA_CUDA_KERNELS=sm80 leaves the kernels of other architectures out, sm90:VARIANT asks for a variant, to compare
-// them.
+// DCA_CUDA_KERNELS names the kernels that calls get, to compare them: sm80, sm90, or sm90:VARIANT.
 bool is_wanted(const AttentionInstance& instance) {
   const char* const only = std::getenv("DCA_CUDA_KERNELS");
-  const std::string_view variant = instance.variant;
-  if (only == nullptr || *only == '\0') return variant.empty();
+  if (only == nullptr || *only == '\0') return !instance.on_request;
   std::string name = instance.architecture;
-  if (!variant.empty()) name.append(":").append(variant);
+  if (*instance.variant != '\0') name.append(":").append(instance.variant);
   return name == only;
+}
+
+// The tiles of a call by one instance's rows.
+struct Tiles {
+  CudaTileShape shape;
+  int32_t num_head_tiles;   // of a KV head
+  int64_t num_query_tiles;  // of a sequence, at most
+  int64_t num_kv_heads;     // of all sequences
+
+  Tiles(const AttentionParams& p, const AttentionInstance& instance) {
+    const int32_t group = p.num_heads / p.num_heads_kv;
+    shape = cuda_tile_shape(group, p.seqlen_q, instance.block_m, p.chunk.chunk_len);
+    num_head_tiles = (group + shape.heads - 1) / shape.heads;
+    num_query_tiles = QueryTiles<>::max_count(p.chunk, p.seqlen_q, shape.positions);
+    num_kv_heads = int64_t{p.batch} * p.num_heads_kv;
+  }
+
+  int64_t of_kv_head() const { return num_query_tiles * num_head_tiles; }
+  int64_t count() const { return of_kv_head() * num_kv_heads; }
+};
+
+// CTAs of an instance that a device holds at a time.
+int32_t num_slots(const DeviceProperties& device, const AttentionInstance& instance) {
+  return device.multiprocessors * instance.ctas_per_sm;
+}
+
+// Of two instances that differ in the rows of their tiles alone, whether the first is the better one.
+bool has_better_tiles(const AttentionInstance& first, const AttentionInstance& second, const AttentionParams& p,
+                      const DeviceProperties& device) {
+  const bool larger = first.block_m > second.block_m;
+  const AttentionInstance& large = larger ? first : second;
+  return larger == cuda_prefers_large_tiles(Tiles(p, large).count(), num_slots(device, large));
 }
 
 // The instance with the smallest head_dim that holds the call's, of the newest architecture; nullptr: none.
@@ -58,9 +88,11 @@ const AttentionInstance* find_instance(const AttentionParams& p, TileKind kind, 
                       dtype_of_cache(instance) == dtype_of_cache(p) && instance.head_dim >= p.head_dim &&
                       is_wanted(instance) && can_run(instance, p, device);
     if (!fits) continue;
-    const bool better = best == nullptr || instance.head_dim < best->head_dim ||
-                        (instance.head_dim == best->head_dim &&
-                         std::string_view(instance.architecture) > std::string_view(best->architecture));
+    const int newer = best == nullptr ? 0 : std::string_view(instance.architecture).compare(best->architecture);
+    const bool better =
+        best == nullptr || instance.head_dim < best->head_dim ||
+        (instance.head_dim == best->head_dim &&
+         (newer > 0 || (newer == 0 && has_better_tiles(instance, *best, p, device))));
     if (better) best = &instance;
   }
   return best;
@@ -121,24 +153,29 @@ Status choose(const AttentionParams& p, Choice* choice) {
   if (choice->instance == nullptr) choice->instance = find_instance(p, other, device);  // any tile computes any shape
   if (choice->instance == nullptr) return no_instance(p);
 
-  const CudaTileShape shape = cuda_tile_shape(group, p.seqlen_q, choice->instance->block_m);
-  AttentionPlan& plan = choice->plan;
-  plan.heads_per_tile = shape.heads;
-  plan.positions_per_tile = shape.positions;
-  plan.num_head_tiles = (group + shape.heads - 1) / shape.heads;
-  const int64_t query_tiles = QueryTiles<>::max_count(p.chunk, p.seqlen_q, shape.positions);
-  const int64_t tiles = query_tiles * p.batch * p.num_heads_kv * plan.num_head_tiles;
-  const int32_t slots = device.multiprocessors * choice->instance->ctas_per_sm;
+  const Tiles tiles(p, *choice->instance);
+  const int32_t slots = num_slots(device, *choice->instance);
   const bool equal_tiles = choice->instance->kind == TileKind::Decode;
-  plan.num_splits = p.num_splits > 0 ? p.num_splits : cuda_num_splits(tiles, slots, p.seqlen_k, equal_tiles);
-  if (tiles * plan.num_splits > INT32_MAX) {
-    return {StatusCode::InvalidArgument, "attention: the batch is too large for one launch; got " +
-                                             std::to_string(tiles * plan.num_splits) + " tiles"};
+  AttentionPlan& plan = choice->plan;
+  plan.heads_per_tile = tiles.shape.heads;
+  plan.positions_per_tile = tiles.shape.positions;
+  plan.num_head_tiles = tiles.num_head_tiles;
+  plan.num_splits =
+      p.num_splits > 0 ? p.num_splits : cuda_num_splits(tiles.count(), slots, p.seqlen_k, equal_tiles);
+  const int64_t ctas = tiles.count() * plan.num_splits;
+  if (ctas > INT32_MAX) {
+    return {StatusCode::InvalidArgument,
+            "attention: the batch is too large for one launch; got " + std::to_string(ctas) + " tiles"};
   }
-  plan.num_query_tiles = static_cast<int32_t>(query_tiles);
+  plan.num_query_tiles = static_cast<int32_t>(tiles.num_query_tiles);
+  // Decode reads every key once, side by side what lies side by side.
+  const int64_t at_once =
+      equal_tiles ? tiles.num_kv_heads : cuda_kv_heads_at_once(tiles.num_kv_heads, tiles.of_kv_head(), slots);
+  plan.kv_heads_at_once = static_cast<int32_t>(at_once);
+  plan.num_groups = static_cast<int32_t>(tiles.num_kv_heads / at_once);
   const bool equal_lengths = p.cu_seqlens_q == nullptr && p.cu_seqlens_k == nullptr && p.cache_seqlens == nullptr &&
                              p.cache_leftpad == nullptr;
-  plan.num_ctas = cuda_num_ctas(tiles * plan.num_splits, slots, choice->instance->persistent, equal_lengths);
+  plan.num_ctas = cuda_num_ctas(ctas, slots, choice->instance->persistent, equal_lengths);
   const bool ragged = p.cu_seqlens_q != nullptr;
   plan.out_fits_tma = fits_tma(p.out.stride, ragged ? p.total_q : p.seqlen_q, p.num_heads, ragged ? 1 : p.batch);
   return {};

@@ -67,13 +67,41 @@ struct CudaTileShape {
   int32_t positions;
 };
 
-/// Where one head has rows enough for a tile, a tile is one head's: the keys that its neighbours read are in L2. Else
-/// the heads of the group share a tile, and the keys are read once for all of them.
-constexpr CudaTileShape cuda_tile_shape(int32_t group, int32_t seqlen_q, int32_t block_m) {
-  if (seqlen_q >= block_m) return {1, block_m};
-  const int32_t heads = std::min(group, block_m);
-  return {heads, block_m / heads};
+/// Where one head has rows enough for a tile, a tile is one head's: the keys that its neighbours read are in L2, and
+/// TMA can store its rows. Unless many rows of a chunk's tiles would have no position - of 192 rows, 5 % where chunks
+/// have 2560 - and tiles of several heads have fewer of them. Where one head has no rows enough, the heads of the group
+/// share a tile, and the keys are read once for all of them.
+constexpr CudaTileShape cuda_tile_shape(int32_t group, int32_t seqlen_q, int32_t block_m, int32_t chunk_len) {
+  if (seqlen_q < block_m) {
+    const int32_t heads = std::min(group, block_m);
+    return {heads, block_m / heads};
+  }
+  const int64_t positions = std::min(seqlen_q, chunk_len);
+  const auto rows = [&](int32_t heads) {  // of the tiles of a chunk, for each head
+    const int64_t in_tile = block_m / heads;
+    return (positions + in_tile - 1) / in_tile * in_tile;
+  };
+  int32_t best = 1;
+  for (int32_t heads = 2; heads <= std::min(group, block_m); ++heads) {
+    if (group % heads == 0 && block_m % heads == 0 && 33 * rows(heads) < 32 * rows(best)) best = heads;
+  }
+  return {best, block_m / best};
 }
+
+/// Of `num_kv_heads` KV heads, counted over all sequences, how many are read at one time: as few as can be, so that
+/// their keys and values stay in L2, but enough that their tiles go six times through the device, which evens out that
+/// tiles differ. A divisor of their number.
+constexpr int64_t cuda_kv_heads_at_once(int64_t num_kv_heads, int64_t tiles_of_kv_head, int32_t num_slots) {
+  constexpr int64_t kRounds = 6;
+  const int64_t tiles = std::max<int64_t>(1, tiles_of_kv_head);
+  int64_t heads = std::max<int64_t>(1, (kRounds * num_slots + tiles - 1) / tiles);
+  while (heads < num_kv_heads && num_kv_heads % heads != 0) ++heads;
+  return std::clamp<int64_t>(num_kv_heads, 1, heads);
+}
+
+/// Whether a call whose large tiles are `num_tiles` has enough of them: where they are few, small ones leave a more
+/// even end.
+constexpr bool cuda_prefers_large_tiles(int64_t num_tiles, int32_t num_slots) { return num_tiles >= 4LL * num_slots; }
 
 /// CTAs for `num_tiles` tiles on a device that holds `num_slots` at a time. A kernel whose CTAs take tile after tile
 /// fills the device once, in a fixed order; that is even where all sequences have one length. Else every tile has its

@@ -22,6 +22,8 @@ struct AttentionPlan {
   int32_t positions_per_tile = 1;
   int32_t num_head_tiles = 1;   ///< per KV head
   int32_t num_query_tiles = 1;  ///< per sequence: the most that its rows can have
+  int32_t kv_heads_at_once = 1;  ///< whose tiles come before those of the next group of as many
+  int32_t num_groups = 1;        ///< times kv_heads_at_once: the KV heads of all sequences
   int32_t num_splits = 1;
   int64_t num_ctas = 1;        ///< of the launch: a CTA for each tile, or fewer, which take tile after tile
   bool out_fits_tma = false;   ///< the strides of out are such that TMA can store to it
@@ -35,7 +37,8 @@ enum class TileKind : int32_t { Prefill = 0, Decode = 1 };
 /// One compiled attention kernel.
 struct AttentionInstance {
   const char* architecture;  ///< "sm80": any device from 8.0 on; "sm90": 9.0 alone, K and V that TMA can read
-  const char* variant;       ///< "": what calls get; others are there to be timed, and chosen by DCA_CUDA_KERNELS
+  const char* variant;       ///< of those with other tiles or another schedule; "": none
+  bool on_request;           ///< there to be timed: only DCA_CUDA_KERNELS chooses it
   TileKind kind;
   DType dtype;
   int32_t head_dim;     ///< smaller ones are padded in shared memory

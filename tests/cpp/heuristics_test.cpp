@@ -81,16 +81,22 @@ TEST(Heuristics, SplitsFeedEveryThreadAndAreNotShort) {
 // --- CUDA ---
 
 TEST(Heuristics, CudaTilesHoldWholeRowsOfHeads) {
-  for (const int32_t block_m : {16, 64, 128}) {
+  for (const int32_t block_m : {16, 64, 128, 192}) {
     for (const int32_t group : {1, 2, 3, 8, 16, 71, 200}) {
       for (const int32_t seqlen_q : {1, 2, 15, 16, 64, 127, 128, 5000}) {
-        const CudaTileShape shape = cuda_tile_shape(group, seqlen_q, block_m);
-        ASSERT_GE(shape.heads, 1);
-        ASSERT_GE(shape.positions, 1);
-        ASSERT_LE(shape.heads * shape.positions, block_m);
-        ASSERT_LE(shape.heads, group);
-        // The whole group shares a tile where one head has no rows enough to fill it.
-        ASSERT_TRUE(seqlen_q >= block_m ? shape.heads == 1 : shape.heads == std::min(group, block_m));
+        for (const int32_t chunk_len : {1, 100, 2560, INT32_MAX}) {
+          const CudaTileShape shape = cuda_tile_shape(group, seqlen_q, block_m, chunk_len);
+          ASSERT_GE(shape.heads, 1);
+          ASSERT_GE(shape.positions, 1);
+          ASSERT_LE(shape.heads * shape.positions, block_m);
+          ASSERT_LE(shape.heads, group);
+          // The whole group shares a tile where one head has no rows enough to fill it; else all tiles have as many heads.
+          if (seqlen_q < block_m) {
+            ASSERT_EQ(shape.heads, std::min(group, block_m));
+          } else {
+            ASSERT_TRUE(group % shape.heads == 0 && block_m % shape.heads == 0);
+          }
+        }
       }
     }
   }
@@ -115,6 +121,36 @@ TEST(Heuristics, CudaSplitsFillTheDeviceOnceAndAreNotShort) {
       }
     }
   }
+}
+
+TEST(CudaHeuristics, HeadsShareTilesWhereChunksWouldLeaveManyRowsEmpty) {
+  EXPECT_EQ(cuda_tile_shape(4, 16384, 128, 2560).heads, 1) << "20 tiles, no row empty";
+  EXPECT_EQ(cuda_tile_shape(4, 16384, 192, 6144).heads, 1) << "32 tiles, no row empty";
+  EXPECT_EQ(cuda_tile_shape(4, 16384, 192, 2560).heads, 2) << "2592 rows instead of 2688; with 4 heads no fewer";
+  EXPECT_EQ(cuda_tile_shape(1, 16384, 192, 2560).heads, 1) << "there is one";
+  EXPECT_EQ(cuda_tile_shape(4, 16384, 128, 2730).heads, 1) << "2752 rows instead of 2816, too little for it";
+  EXPECT_EQ(cuda_tile_shape(7, 16384, 192, 2560).heads, 1) << "7 heads share no 192 rows";
+}
+
+TEST(CudaHeuristics, KvHeadsAtOnceAreFewButFillTheDevice) {
+  EXPECT_EQ(cuda_kv_heads_at_once(8, 4096, 132), 1) << "131072 tokens: the tiles of one go 31 times through";
+  EXPECT_EQ(cuda_kv_heads_at_once(8, 512, 132), 2) << "16384 tokens: one's would 4 times";
+  EXPECT_EQ(cuda_kv_heads_at_once(8, 10, 132), 8) << "all are too few";
+  EXPECT_EQ(cuda_kv_heads_at_once(7, 400, 132), 7) << "2 would do, but do not divide 7";
+  for (const int64_t heads : {0, 1, 5, 12, 96}) {
+    for (const int64_t tiles : {0, 1, 77, 5000}) {
+      for (const int32_t slots : {0, 1, 132}) {
+        const int64_t at_once = cuda_kv_heads_at_once(heads, tiles, slots);
+        ASSERT_GE(at_once, 1);
+        ASSERT_EQ(heads % at_once, 0);
+      }
+    }
+  }
+}
+
+TEST(CudaHeuristics, LargeTilesAreForCallsWithMany) {
+  EXPECT_FALSE(cuda_prefers_large_tiles(352, 132)) << "2048 tokens, 32 heads";
+  EXPECT_TRUE(cuda_prefers_large_tiles(704, 132)) << "4096 tokens";
 }
 
 TEST(CudaHeuristics, SplitsOfEqualTilesFillTheirWaves) {

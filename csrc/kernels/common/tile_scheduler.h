@@ -6,6 +6,7 @@
 #include "dca/seqlen_info.h"
 #include "kernels.h"
 #include "key_blocks.h"
+#include "tile_order.h"
 
 namespace dca::cuda {
 
@@ -15,10 +16,8 @@ struct AttentionArgs {
   AttentionPlan plan;
   cutlass::FastDivmod heads_per_tile;
   cutlass::FastDivmod page_size;
-  cutlass::FastDivmod num_head_tiles;
   cutlass::FastDivmod num_heads_kv;
-  cutlass::FastDivmod batch;
-  cutlass::FastDivmod num_splits;
+  TileOrder<cutlass::FastDivmod> order;
   TileDivisors<cutlass::FastDivmod> tiles;
   int64_t total_rows;  ///< query rows of all sequences
 
@@ -27,20 +26,12 @@ struct AttentionArgs {
         plan(attention_plan),
         heads_per_tile(attention_plan.heads_per_tile),
         page_size(params.pages.page_table != nullptr ? params.pages.page_size : 1),
-        num_head_tiles(attention_plan.num_head_tiles),
         num_heads_kv(params.num_heads_kv),
-        batch(params.batch),
-        num_splits(attention_plan.num_splits),
+        order{attention_plan.num_query_tiles, attention_plan.num_splits, attention_plan.kv_heads_at_once,
+              attention_plan.num_head_tiles, attention_plan.num_groups},
         tiles(params.chunk, attention_plan.positions_per_tile),
         total_rows(params.cu_seqlens_q != nullptr ? params.total_q
                                                   : static_cast<int64_t>(params.batch) * params.seqlen_q) {}
-
-  /// Tiles: query tile (slowest), split, sequence, KV head, head tile. So the heads that read one KV head run side by
-  /// side and find its keys in L2, and the longest tiles of all sequences start first.
-  int64_t num_tiles() const {
-    return static_cast<int64_t>(plan.num_query_tiles) * plan.num_splits * p.batch * p.num_heads_kv *
-           plan.num_head_tiles;
-  }
 };
 
 /// A tile. It lies in shared memory: what all threads know alike should not cost each of them registers.
@@ -63,17 +54,11 @@ struct WorkTile {
   __device__ void assign(const AttentionArgs& args, int32_t index) {
     const AttentionParams& p = args.p;
     const AttentionPlan& plan = args.plan;
-    const auto take = [&](const cutlass::FastDivmod& count) {
-      int32_t quotient, digit;
-      count(quotient, digit, index);
-      index = quotient;
-      return digit;
-    };
+    const TileIndex at = args.order.at(index);
+    split = at.split;
+    args.num_heads_kv(b, kv_head, at.kv_head);
     const int32_t group = args.num_heads_kv.div(p.num_heads);
-    const int32_t head_in_group = take(args.num_head_tiles) * plan.heads_per_tile;
-    kv_head = take(args.num_heads_kv);
-    b = take(args.batch);
-    split = take(args.num_splits);
+    const int32_t head_in_group = at.head_tile * plan.heads_per_tile;
     head_begin = kv_head * group + head_in_group;
     num_heads = min(plan.heads_per_tile, group - head_in_group);
     seqlen = SeqlenInfo::of(p, b);
@@ -81,13 +66,13 @@ struct WorkTile {
     k = first_address(p, p.k);
     v = first_address(p, p.v);
 
-    // Later positions see more keys: the longest tile has the smallest index.
+    // Later positions see more keys: the last tile is the longest.
     const QueryTiles<cutlass::FastDivmod> tiles(p.chunk, seqlen.position(seqlen.first_row), seqlen.kv_len, args.tiles);
-    const int32_t query_tile = tiles.count() - 1 - index;
-    const QueryTile found = query_tile >= 0 ? tiles.tile(query_tile) : QueryTile{};
+    const int32_t place = tiles.count() - 1 - at.query_tile;
+    const QueryTile found = place >= 0 ? tiles.tile(place) : QueryTile{};
     positions = found.positions;
     chunk_begin = found.chunk.begin;
-    first_of_sequence = query_tile == 0 || (index == 0 && tiles.count() == 0);
+    first_of_sequence = place == 0 || (at.query_tile == 0 && tiles.count() == 0);
     ranges.assign(found, p.segments, split_window(args, positions.end, split),
                   p.pages.page_table != nullptr ? seqlen.leftpad : -1);
   }
@@ -121,7 +106,7 @@ struct WorkTile {
     if (num_splits == 1) return {0, keys};
     const uint32_t all = static_cast<uint32_t>(keys);
     const uint32_t blocks = (all + kGranularity - 1) / kGranularity;
-    const uint32_t share = args.num_splits.div(static_cast<int>(blocks) + num_splits - 1) * kGranularity;
+    const uint32_t share = args.order.num_splits.div(static_cast<int>(blocks) + num_splits - 1) * kGranularity;
     const uint32_t begin = static_cast<uint32_t>(split) * share;
     return {static_cast<int32_t>(min(begin, all)), static_cast<int32_t>(min(begin + share, all))};
   }

@@ -38,7 +38,7 @@ struct Instance {
     constexpr int32_t kSharedPerSm = 164 * 1024;
     constexpr int32_t kFitting = kSharedPerSm / (Traits::kSharedBytes + 1024);
     constexpr int32_t kCtas = kFitting < Traits::kMinCtas ? kFitting : Traits::kMinCtas;
-    return {"sm80", "", kKind, kDType, kHeadDim, Traits::kBlockM, kCtas, false, &launch, kCacheDType};
+    return {"sm80", "", false, kKind, kDType, kHeadDim, Traits::kBlockM, kCtas, false, &launch, kCacheDType};
   }
 };
 

@@ -54,7 +54,7 @@ struct Instance {
 
   static Status launch(const AttentionParams& params, const AttentionPlan& plan) {
     PrefillArgs args{AttentionArgs(params, plan), {}, {}, {}, 0, 0, false};
-    args.num_tiles = static_cast<int32_t>(args.attention.num_tiles());
+    args.num_tiles = static_cast<int32_t>(args.attention.order.count());
     if (Status status = encode(params, &args); !status.ok()) return status;
     constexpr int kSharedBytes = static_cast<int>(sizeof(typename Traits::Shared));
     return launch_attention_kernel<&prefill_kernel<Traits>>(plan.num_ctas, Traits::kThreads, kSharedBytes,
@@ -62,8 +62,9 @@ struct Instance {
   }
 
   static constexpr AttentionInstance description() {
-    return {"sm90", name_of(kVariant),   kKind,   kDType,     kHeadDim, Traits::kBlockM,
-            1,      Traits::kPersistent, &launch, kCacheDType};
+    constexpr bool kOnRequest = kVariant != Variant::Default && kVariant != Variant::ThreeConsumers;
+    return {"sm90",          name_of(kVariant), kOnRequest,          kKind,   kDType,     kHeadDim,
+            Traits::kBlockM, 1,                 Traits::kPersistent, &launch, kCacheDType};
   }
 };
 
@@ -82,8 +83,8 @@ struct Instance<TileKind::Decode, kDType, kHeadDim, kCacheDType> {
   }
 
   static constexpr AttentionInstance description() {
-    return {"sm90",           "",    TileKind::Decode, kDType,     kHeadDim, Traits::kBlockM,
-            Traits::kMinCtas, false, &launch,          kCacheDType};
+    return {"sm90",          "",               false, TileKind::Decode, kDType,     kHeadDim,
+            Traits::kBlockM, Traits::kMinCtas, false, &launch,          kCacheDType};
   }
 };
 

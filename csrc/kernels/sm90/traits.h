@@ -16,16 +16,17 @@ using namespace cute;  // NOLINT: the vocabulary of every line below
 /// What an SM of compute capability 9.0 gives to one CTA, of 228 KB.
 inline constexpr int kMaxSharedBytes = 227 * 1024;
 
-/// Ways to run that only a GPU can choose between. Calls get Default; the others are compiled on request, to be timed.
+/// Ways to compute the same. Calls get Default or ThreeConsumers, whichever suits their number of tiles; the others are
+/// compiled on request, to be timed.
 enum class Variant {
   Default,
+  ThreeConsumers,  ///< tiles of 192 rows, at head_dim 64 and for caches of 16 bits
   OtherTurns,      ///< warpgroups take turns where they would not, and take none where they would
   PerTile,         ///< a CTA for every tile, instead of as many as the device holds
-  ThreeConsumers,  ///< tiles of 192 rows, for head_dims up to 128 and caches of 16 bits
 };
 
 constexpr const char* name_of(Variant variant) {
-  constexpr const char* kNames[] = {"", "other_turns", "per_tile", "three_consumers"};
+  constexpr const char* kNames[] = {"", "three_consumers", "other_turns", "per_tile"};
   return kNames[static_cast<int>(variant)];
 }
 
@@ -53,6 +54,9 @@ struct RingBarriers {
 /// of wgmma and 1024 of exp2, so that the two must overlap; two consumers do, each with its own half of the rows.
 /// Registers per thread: S of 64 x kBlockN is kBlockN / 2, P half of that, O kHeadDim / 2.
 ///
+/// At head_dim 64 products and exp2 take 1024 cycles each, and two consumers that wait for each other's turns and for
+/// their own latencies took 1850. Three have registers enough there, and read K and V for half as many rows more.
+///
 /// A cache of e4m3 comes into rings of its own as it is, and all warps of the producer widen it into the rings of the
 /// products.
 template <class Element_, int kHeadDim_, class Cached_ = Element_, Variant kVariant_ = Variant::Default>
@@ -65,14 +69,13 @@ struct PrefillTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr Variant kVariant = kVariant_;
   static constexpr bool kThreeConsumers = kVariant == Variant::ThreeConsumers;
-  static_assert(!kThreeConsumers || (kHeadDim <= 128 && !kE4M3));
+  static_assert(!kThreeConsumers || (kHeadDim <= 64 && !kE4M3));
   static constexpr int kConsumers = kThreeConsumers ? 3 : 2;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kConsumerThreads = 128 * kConsumers;
   static constexpr int kBlockM = 64 * kConsumers;
-  // What registers allow: with e4m3 224 are not enough for 64, with three consumers 160 not for more than 80.
-  static constexpr int kBlockN = kHeadDim > 128 ? (kE4M3 ? 48 : 64) : kHeadDim > 64 && kThreeConsumers ? 80 : 128;
-  static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 96 || kThreeConsumers ? 3 : 2;
+  static constexpr int kBlockN = kHeadDim > 128 ? (kE4M3 ? 48 : 64) : 128;  // with e4m3 224 registers do not hold 64
+  static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 96 ? 3 : 2;
   static constexpr int kPackedStages = 2;
   static constexpr int kLoadStages = kE4M3 ? kPackedStages : kStages;  // of the rings that TMA fills
   static constexpr int kTileSlots = 2;

@@ -186,5 +186,7 @@ class CudaKernelTest : public ::testing::TestWithParam<KernelCase> {
                            name_of)
 #define DCA_TEST_SM80(Suite, ...) DCA_INSTANTIATE_KERNEL_TESTS(Sm80, "sm80", Suite, __VA_ARGS__)
 #define DCA_TEST_SM90(Suite, ...) DCA_INSTANTIATE_KERNEL_TESTS(Sm90, "sm90", Suite, __VA_ARGS__)
+// Prefill's larger tiles, whatever the number of tiles.
+#define DCA_TEST_SM90_LARGE(Suite) DCA_INSTANTIATE_KERNEL_TESTS(Sm90Large, "sm90:three_consumers", Suite, 64)
 
 }  // namespace dca::testing

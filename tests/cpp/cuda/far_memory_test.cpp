@@ -199,6 +199,7 @@ TEST_P(CudaFarMemory, Decode) {
 
 DCA_TEST_SM80(CudaFarMemory, 64, 128);
 DCA_TEST_SM90(CudaFarMemory, 64, 128);
+DCA_TEST_SM90_LARGE(CudaFarMemory);
 
 // Rotated keys and values into caches whose last rows lie past 2^31 elements, and rotation into such a tensor.
 TEST(CudaAppend, FarMemory) {

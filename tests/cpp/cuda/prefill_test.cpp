@@ -180,6 +180,7 @@ TEST_P(CudaPrefill, TilesMayBeComputedAgain) { expect_tiles_may_be_computed_agai
 
 DCA_TEST_SM80(CudaPrefill, 64, 80, 96, 128, 192, 256);
 DCA_TEST_SM90(CudaPrefill, 64, 80, 96, 128, 192, 256);
+DCA_TEST_SM90_LARGE(CudaPrefill);
 
 // --- Axes that need no product ---
 
@@ -304,6 +305,43 @@ TEST_P(CudaPrefillAxes, LseMayBeNull) {
 
 DCA_TEST_SM80(CudaPrefillAxes, 64);
 DCA_TEST_SM90(CudaPrefillAxes, 64);
+DCA_TEST_SM90_LARGE(CudaPrefillAxes);
+
+// --- Choices that follow from the number of tiles ---
+
+class CudaManyTiles : public CudaKernelTest {};
+
+// Enough for two groups of KV heads, the first from its shortest tiles to its longest.
+TEST_P(CudaManyTiles, KvHeadsInGroups) {
+  ProblemShape s = shape(1);
+  s.num_heads = s.num_heads_kv = 528;
+  s.chunk = {16, 25};
+  s.kv_lens = {40};
+  expect_matches_reference(s);
+}
+
+// A call gets large tiles where it has many of them.
+TEST_P(CudaManyTiles, LargeTilesAreChosen) {
+  ProblemShape s = shape(1);
+  s.chunk = {256, 300};
+  const auto kernel_of = [&](int32_t length) {
+    s.kv_lens = {length};
+    AttentionProblem problem(s);
+    AttentionParams p = problem.params();
+    p.exec.device = Device::Cuda;
+    p.num_heads = p.num_heads_kv = 64;
+    std::string kernel;
+    EXPECT_TRUE(describe_attention(p, &kernel).ok());
+    return kernel;
+  };
+  setenv("DCA_CUDA_KERNELS", "sm90:three_consumers", 1);
+  if (!missing_kernel(s).empty()) GTEST_SKIP() << "this build has no large tiles";
+  unsetenv("DCA_CUDA_KERNELS");
+  EXPECT_EQ(kernel_of(200).rfind("cuda/sm90/prefill/", 0), 0u) << kernel_of(200);
+  EXPECT_EQ(kernel_of(4096).rfind("cuda/sm90:three_consumers/prefill/", 0), 0u) << kernel_of(4096);
+}
+
+DCA_TEST_SM90(CudaManyTiles, 64);
 
 }  // namespace
 }  // namespace dca::testing

@@ -19,6 +19,7 @@ TEST_P(CudaRandom, MatchesTheReference) {
 
 DCA_TEST_SM80(CudaRandom, 64, 128);
 DCA_TEST_SM90(CudaRandom, 64, 128);
+DCA_TEST_SM90_LARGE(CudaRandom);
 
 }  // namespace
 }  // namespace dca::testing
