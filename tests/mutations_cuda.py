@@ -404,8 +404,15 @@ MUTATIONS = [
     Mutation(
         "Hopper: values of other sequences are not cleared",
         SM90 + "consumer.h",
-        "if (flags.has(BlockFlags::kForeignRows)) clear_foreign",
+        "if (!Traits::kE4M3 && flags.has(BlockFlags::kForeignRows)) clear_foreign",
         "if (false) clear_foreign",
+    ),
+    Mutation(
+        "Hopper, e4m3: values of other sequences are not cleared",
+        SM90 + "widener.h",
+        "if (first_key >= 0 && first_key + Traits::kBlockN <= kv_len) return;",
+        "if (first_key >= 0 || kv_len >= 0) return;",
+        tests="*E4M3*",
     ),
     Mutation(
         "Hopper tiles: a cut tile is stored whole",

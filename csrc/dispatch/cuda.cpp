@@ -89,10 +89,9 @@ const AttentionInstance* find_instance(const AttentionParams& p, TileKind kind, 
                       is_wanted(instance) && can_run(instance, p, device);
     if (!fits) continue;
     const int newer = best == nullptr ? 0 : std::string_view(instance.architecture).compare(best->architecture);
-    const bool better =
-        best == nullptr || instance.head_dim < best->head_dim ||
-        (instance.head_dim == best->head_dim &&
-         (newer > 0 || (newer == 0 && has_better_tiles(instance, *best, p, device))));
+    const bool better = best == nullptr || instance.head_dim < best->head_dim ||
+                        (instance.head_dim == best->head_dim &&
+                         (newer > 0 || (newer == 0 && has_better_tiles(instance, *best, p, device))));
     if (better) best = &instance;
   }
   return best;
@@ -160,8 +159,7 @@ Status choose(const AttentionParams& p, Choice* choice) {
   plan.heads_per_tile = tiles.shape.heads;
   plan.positions_per_tile = tiles.shape.positions;
   plan.num_head_tiles = tiles.num_head_tiles;
-  plan.num_splits =
-      p.num_splits > 0 ? p.num_splits : cuda_num_splits(tiles.count(), slots, p.seqlen_k, equal_tiles);
+  plan.num_splits = p.num_splits > 0 ? p.num_splits : cuda_num_splits(tiles.count(), slots, p.seqlen_k, equal_tiles);
   const int64_t ctas = tiles.count() * plan.num_splits;
   if (ctas > INT32_MAX) {
     return {StatusCode::InvalidArgument,

@@ -20,8 +20,8 @@ Status current_device(DeviceProperties* properties);
 struct AttentionPlan {
   int32_t heads_per_tile = 1;
   int32_t positions_per_tile = 1;
-  int32_t num_head_tiles = 1;   ///< per KV head
-  int32_t num_query_tiles = 1;  ///< per sequence: the most that its rows can have
+  int32_t num_head_tiles = 1;    ///< per KV head
+  int32_t num_query_tiles = 1;   ///< per sequence: the most that its rows can have
   int32_t kv_heads_at_once = 1;  ///< whose tiles come before those of the next group of as many
   int32_t num_groups = 1;        ///< times kv_heads_at_once: the KV heads of all sequences
   int32_t num_splits = 1;

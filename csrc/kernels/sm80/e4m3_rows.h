@@ -17,6 +17,20 @@ __device__ __forceinline__ void widen_unit(uint2 numbers, Element* unit) {
   cutlass::arch::shared_store<16>(cast_smem_ptr_to_uint(unit), &elements);
 }
 
+/// Of the rows that `which` names, the units that widen_rows has this thread read become 0.
+template <class PackedLayout, int kThreads, class Packed, class Which>
+__device__ __forceinline__ void clear_rows(Packed* packed, Which&& which, int32_t thread) {
+  using Units = ThreadUnits<PackedLayout, kThreads>;
+  const Units units(thread);
+  if (units.none()) return;
+  for (int row = units.row; row < Units::kRows; row += Units::kRowsAtOnce) {
+    if (!which(row)) continue;
+    for (int column = units.column; column < Units::kHeadDim; column += Units::kColumns) {
+      *reinterpret_cast<uint4*>(packed + PackedLayout{}(row, column)) = {0, 0, 0, 0};
+    }
+  }
+}
+
 /// Widens the units that this thread itself copies by load_rows into `packed`, of PackedLayout (kRows, kHeadDim / 2),
 /// to `smem` of Layout (kRows, kHeadDim). Up to kAhead units are read before the first is used, so that not each of
 /// them is waited for.

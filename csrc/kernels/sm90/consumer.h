@@ -85,7 +85,7 @@ class Consumer {
       at_.advance();
       for (;;) {
         if (flags.has(BlockFlags::kForeignRows | BlockFlags::kLast | BlockFlags::kSwitch)) {
-          if (flags.has(BlockFlags::kForeignRows)) clear_foreign_values(tile);
+          if (!Traits::kE4M3 && flags.has(BlockFlags::kForeignRows)) clear_foreign_values(tile);
           if (flags.has(BlockFlags::kLast)) break;
           if (flags.has(BlockFlags::kSwitch)) rotate_queries(tile, flags.next_segment());
         }
@@ -225,7 +225,7 @@ class Consumer {
 
   // Rows that are no key of the sequence: padding, another sequence's, nobody's. A weight of 0 does not hide a NaN. All
   // consumers see the same blocks; each writer makes its zeros visible to wgmma before they meet, which they could not
-  // do in their turns.
+  // do in their turns. Where values are widened, the widener does this.
   __device__ void clear_foreign_values(const WorkTile& tile) const {
     wait_for_values();
     const int32_t first_key = read_by_one(shared_.first_keys[at_.before().stage()]);

@@ -139,7 +139,7 @@ struct PrefillTraits {
     std::conditional_t<kE4M3, PackedRings, Nothing> packed;
     RingBarriers<kStages> products;                                            // of k and v, which the products read
     BlockNote notes[kStages];                                                  // with the keys
-    int32_t first_keys[kStages];                                               // with the values
+    int32_t first_keys[kStages];                                               // with the values, for clear_foreign_values
     std::conditional_t<kE4M3, RingBarriers<kPackedStages>, Nothing> widening;  // of the packed rings
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
     TileSlot tiles[kTileSlots];

@@ -12,6 +12,7 @@ template <class Traits>
 class Widener {
   using Shared = typename Traits::Shared;
   using Cached = typename Traits::Cached;
+  using Packed = uint16_t;  // two numbers of the cache
 
  public:
   /// `thread` of the warpgroup.
@@ -46,10 +47,12 @@ class Widener {
       const KeyBlock next = ahead.next();
       request(tile, next);
       const RingPosition<Traits::kStages> place{count_};
-      widen(shared_.packed.k, from.k_full, from.k_empty, shared_.k, to.k_full, to.k_empty,
-            [&] { shared_.notes[place.stage()] = BlockNote::of(tile, block, next, Traits::kBlockN, careful || look); });
+      widen(shared_.packed.k, from.k_full, from.k_empty, shared_.k, to.k_full, to.k_empty, [&](Packed*) {
+        if (thread_ != 0) return;
+        shared_.notes[place.stage()] = BlockNote::of(tile, block, next, Traits::kBlockN, careful || look);
+      });
       widen(shared_.packed.v, from.v_full, from.v_empty, shared_.v, to.v_full, to.v_empty,
-            [&] { shared_.first_keys[place.stage()] = first_key_of(tile, block, Traits::kBlockN); });
+            [&](Packed* values) { clear_foreign_values(tile, block, values); });
       look = Traits::kLooksAtSegments && next.segment != block.segment;
       block = next;
     }
@@ -60,21 +63,32 @@ class Widener {
     producer_.request(tile, BlockNote::of(tile, block, {}, Traits::kBlockN, true));
   }
 
-  // The next block of one of the rings. `say`: into its place, before it is full.
-  template <class Wide, class Say>
-  __device__ __forceinline__ void widen(const Cached* packed, uint64_t* packed_full, uint64_t* packed_empty, Wide* wide,
-                                        uint64_t* wide_full, uint64_t* wide_empty, Say&& say) const {
+  // The next block of one of the rings. `prepare`: by all threads, when the packed block is there and its place free.
+  template <class Wide, class Prepare>
+  __device__ __forceinline__ void widen(Cached* packed, uint64_t* packed_full, uint64_t* packed_empty, Wide* wide,
+                                        uint64_t* wide_full, uint64_t* wide_empty, Prepare&& prepare) const {
     const RingPosition<Traits::kPackedStages> from{count_};
     const RingPosition<Traits::kStages> to{count_};
     Barrier::wait(&packed_full[from.stage()], from.phase());
     EmptyBarrier::wait(&wide_empty[to.stage()], to.phase_before());
-    if (thread_ == 0) say();
-    const auto* numbers = reinterpret_cast<const uint16_t*>(packed + from.stage() * Traits::kStageElements);
+    auto* const numbers = reinterpret_cast<Packed*>(packed + from.stage() * Traits::kStageElements);
+    prepare(numbers);
     sm80::widen_rows<typename Traits::SmemPacked, typename Traits::SmemKvRows, 128, Traits::kPackedUnitsAhead>(
         numbers, wide + to.stage() * Traits::kStageElements, made_anew(thread_));
-    cutlass::arch::fence_view_async_shared();  // each writer, before wgmma reads
+    cutlass::arch::fence_view_async_shared();  // each writer, before wgmma reads, and before TMA writes over zeros
     release(packed_empty[from.stage()]);
     if (thread_ % 32 == 0) EmptyBarrier::arrive(&wide_full[to.stage()]);
+  }
+
+  // Rows that are no key of the sequence: padding, another sequence's, nobody's. A weight of 0 does not hide a NaN. Each
+  // thread clears what it widens itself.
+  __device__ __forceinline__ void clear_foreign_values(const WorkTile& tile, const KeyBlock& block,
+                                                       Packed* values) const {
+    const int32_t first_key = first_key_of(tile, block, Traits::kBlockN);
+    const int32_t kv_len = tile.seqlen.kv_len;
+    if (first_key >= 0 && first_key + Traits::kBlockN <= kv_len) return;
+    sm80::clear_rows<typename Traits::SmemPacked, 128>(
+        values, [&](int32_t row) { return first_key + row < 0 || first_key + row >= kv_len; }, made_anew(thread_));
   }
 
   // One arrival per warp, when all its lanes have come here.
