@@ -408,7 +408,7 @@ MUTATIONS = [
         "if (false) clear_foreign",
     ),
     Mutation(
-        "Hopper, e4m3: values of other sequences are not cleared",
+        "Hopper e4m3: values of other sequences are not cleared",
         SM90 + "widener.h",
         "if (first_key >= 0 && first_key + Traits::kBlockN <= kv_len) return;",
         "if (first_key >= 0 || kv_len >= 0) return;",
