@@ -90,7 +90,7 @@ TEST(Heuristics, CudaTilesHoldWholeRowsOfHeads) {
           ASSERT_GE(shape.positions, 1);
           ASSERT_LE(shape.heads * shape.positions, block_m);
           ASSERT_LE(shape.heads, group);
-          // The whole group shares a tile where one head has no rows enough to fill it; else all tiles have as many heads.
+          // The whole group shares a tile where one head has no rows enough to fill it; else heads share tiles evenly.
           if (seqlen_q < block_m) {
             ASSERT_EQ(shape.heads, std::min(group, block_m));
           } else {

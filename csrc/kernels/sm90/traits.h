@@ -55,7 +55,7 @@ struct RingBarriers {
 /// Registers per thread: S of 64 x kBlockN is kBlockN / 2, P half of that, O kHeadDim / 2.
 ///
 /// At head_dim 64 products and exp2 take 1024 cycles each, and two consumers that wait for each other's turns and for
-/// their own latencies took 1850. Three have registers enough there, and read K and V for half as many rows more.
+/// their own latencies took 1850. Three have registers enough there, and read K and V for half again as many rows.
 ///
 /// A cache of e4m3 comes into rings of its own as it is, and all warps of the producer widen it into the rings of the
 /// products.
@@ -139,7 +139,7 @@ struct PrefillTraits {
     std::conditional_t<kE4M3, PackedRings, Nothing> packed;
     RingBarriers<kStages> products;                                            // of k and v, which the products read
     BlockNote notes[kStages];                                                  // with the keys
-    int32_t first_keys[kStages];                                               // with the values, for clear_foreign_values
+    int32_t first_keys[kStages];                                               // with the values
     std::conditional_t<kE4M3, RingBarriers<kPackedStages>, Nothing> widening;  // of the packed rings
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
     TileSlot tiles[kTileSlots];

@@ -80,8 +80,8 @@ class Widener {
     if (thread_ % 32 == 0) EmptyBarrier::arrive(&wide_full[to.stage()]);
   }
 
-  // Rows that are no key of the sequence: padding, another sequence's, nobody's. A weight of 0 does not hide a NaN. Each
-  // thread clears what it widens itself.
+  // Rows that are no key of the sequence: padding, another sequence's, nobody's. A weight of 0 does not hide a NaN.
+  // Each thread clears what it widens itself.
   __device__ __forceinline__ void clear_foreign_values(const WorkTile& tile, const KeyBlock& block,
                                                        Packed* values) const {
     const int32_t first_key = first_key_of(tile, block, Traits::kBlockN);
